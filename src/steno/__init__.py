@@ -1,0 +1,14 @@
+"""Steno writes an LLM's memory in shorthand: a KV cache that is smaller, measured, and read as it is.
+
+Importing steno enters the name `steno` in transformers' attention and mask registries; it has no other side effect.
+"""
+
+from steno.errors import StenoError as StenoError
+from steno.models.host import register as _register
+from steno.models.kvcache import KVCache as KVCache
+from steno.recipe import Recipe as Recipe
+from steno.recipe import parse_recipe as parse_recipe
+
+__version__ = "0.1.0"
+
+_register()

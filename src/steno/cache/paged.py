@@ -1,0 +1,227 @@
+"""The rows of one layer that only grow: segments plus a tail that turns into pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steno.cache.policy import PageSelector
+from steno.cache.row import Row, unpack_kept
+from steno.cache.segment import DenseSegment, HeadKV, PagedSegment
+from steno.cache.tail import Tail
+from steno.errors import CacheError, IntegrityError
+from steno.kernels.attention import DenseSpan, Span, SpanTable, attend
+from steno.kernels.attention.prefill import causal_attention
+from steno.types import PAGE_TOKENS, PageFormat
+
+
+class PagedRows:
+    """B sequences of one layer, each a `Row`, and their common `Tail`. Mutable; the segments are not.
+
+    fmt: format of new pages, None for dense segments; residual: tokens the tail gathers before it becomes pages;
+    summarize: whether segments carry the key bounds that page selection reads.
+    """
+
+    def __init__(
+        self, rows: list[Row], tail: Tail, *, fmt: PageFormat | None, residual: int, summarize: bool = False
+    ) -> None:
+        self.rows, self.tail = rows, tail
+        self.fmt, self.residual, self.summarize = fmt, residual, summarize
+        self._table = self._build_table()
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.tail.keys.shape[1]
+
+    @property
+    def can_roll_back(self) -> bool:
+        return True
+
+    def held_tokens(self) -> list[list[int]]:
+        """Held tokens `[B][Hkv]`."""
+        heads = self.num_kv_heads
+        return [[n + t for n in row.lengths(heads)] for row, t in zip(self.rows, self.tail.lengths, strict=True)]
+
+    def table(self) -> SpanTable:
+        """The spans of every row and head, the tail last. Built anew only when segments or buffers changed."""
+        self._table.set_tail_lengths(self.tail.lengths)
+        return self._table
+
+    def _build_table(self) -> SpanTable:
+        rows: list[list[list[Span]]] = []
+        for b, row in enumerate(self.rows):
+            heads: list[list[Span]] = [[] for _ in range(self.num_kv_heads)]
+            for segment in row.segments:
+                for head, span in zip(heads, segment.spans(), strict=True):
+                    head.append(span)
+            for h, head in enumerate(heads):
+                head.append(DenseSpan(self.tail.keys[b, h], self.tail.values[b, h]))
+            rows.append(heads)
+        return SpanTable.build(rows, head_dim=self.tail.keys.shape[3])
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        counts: list[int] | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        selector: PageSelector | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Appends T new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`.
+
+        q `[B, H, T, D]`; k, v `[B, Hkv, T, D]`; counts: real tokens per row when rows are padded on the left.
+        """
+        if q.shape[2] > 1:
+            self.flush()
+        if self.tail.append(k, v, counts):
+            self._table = self._build_table()
+        table = self.table()
+        if selector is not None and q.shape[2] == 1:
+            table = self._select_pages(table, q, selector)
+        out, lse = attend(q, table, scale=scale, softcap=softcap)
+        if q.shape[2] == 1:
+            self.flush()  # tokens of a longer step may still be rolled back, so they wait for the next one
+        return out, lse
+
+    def flush(self) -> None:
+        """Turns full residuals of the tail into pages (or a dense segment)."""
+        changed = False
+        for b, row in enumerate(self.rows):
+            count = self.tail.lengths[b] // self.residual * self.residual
+            if count:
+                keys, values = self.tail.take(b, count)
+                row.push(self._encode(list(zip(keys, values, strict=True))))
+                changed = True
+        if changed:
+            self._table = self._build_table()
+
+    def _encode(self, heads: list[HeadKV]) -> DenseSegment | PagedSegment:
+        if self.fmt is None:
+            return DenseSegment.of(heads, summarize=self.summarize)
+        return PagedSegment.encode(heads, self.fmt, summarize=self.summarize)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        counts: list[int] | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Like `step` for many new tokens: held tokens are decoded once, row by row, and SDPA does the rest."""
+        num_new, out = q.shape[2], torch.zeros_like(q)
+        for b in range(len(self.rows)):
+            n = num_new if counts is None else counts[b]
+            if n:
+                new = slice(num_new - n, None)
+                out[b, :, new] = self._extend_row(b, q[b, :, new], k[b, :, new], v[b, :, new], scale, softcap, sinks)
+        self.flush()
+        if self.tail.append(k, v, counts):
+            self._table = self._build_table()
+        return out
+
+    def _extend_row(
+        self, b: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        held = self.decode_row(b, q.dtype)
+        group = q.shape[0] // k.shape[0]
+        outs = []
+        for h, (hk, hv) in enumerate(held):  # heads may differ in length
+            heads = slice(h * group, (h + 1) * group)
+            keys, values = torch.cat([hk, k[h]]), torch.cat([hv, v[h]])  # [S, D]
+            sink = None if sinks is None else sinks[heads]
+            outs.append(
+                causal_attention(q[None, heads], keys[None, None], values[None, None], scale=scale, softcap=softcap, sinks=sink)[0]
+            )
+        return torch.cat(outs)
+
+    def decode_row(self, b: int, dtype: torch.dtype) -> list[HeadKV]:
+        """Dense keys and values `[n_h, D]` of every head of a row, tail included."""
+        tail_keys, tail_values = self.tail.row(b)
+        parts = [segment.decode(dtype) for segment in self.rows[b].segments]
+        return [
+            (
+                torch.cat([part[h][0] for part in parts] + [tail_keys[h].to(dtype)]),
+                torch.cat([part[h][1] for part in parts] + [tail_values[h].to(dtype)]),
+            )
+            for h in range(self.num_kv_heads)
+        ]
+
+    def positions(self, b: int, seen: int) -> list[Tensor]:
+        """True positions of the held tokens of each head of a row that has seen `seen` tokens."""
+        row = self.rows[b]
+        if row.kept is None:
+            return [torch.arange(seen)] * self.num_kv_heads
+        after = torch.arange(row.prompt_tokens, seen)
+        return [torch.cat([index, after]) for index in unpack_kept(row.kept)]
+
+    def _select_pages(self, table: SpanTable, q: Tensor, selector: PageSelector) -> SpanTable:
+        """Reads only the pages whose bound is highest for this query; the tail is always read."""
+        group = q.shape[1] // self.num_kv_heads
+        page_ids: dict[int, Tensor] = {}
+        span = 0
+        for b, row in enumerate(self.rows):
+            bounds = [segment.summaries for segment in row.segments]
+            for h in range(self.num_kv_heads):
+                heads = [s[h] for s in bounds if s is not None]
+                if heads:
+                    low, high = (torch.cat([pair[i] for pair in heads]) for i in (0, 1))
+                    wanted = min(selector.num_pages(low.shape[0] * PAGE_TOKENS), low.shape[0])
+                    queries = q[b, h * group : (h + 1) * group, 0]  # [G, D]
+                    scores = selector.page_bounds(queries, low[None], high[None])[0]
+                    best = torch.topk(scores, wanted).indices.sort().values
+                    first = 0
+                    for i, (head_low, _) in enumerate(heads):
+                        last = first + head_low.shape[0]
+                        page_ids[span + i] = (best[(best >= first) & (best < last)] - first).to(torch.int32)
+                        first = last
+                span += len(row.segments) + 1
+        return table.with_page_ids(page_ids)
+
+    def crop(self, count: int, seen: list[int]) -> None:
+        """Removes the newest `count` tokens of every row; `seen`: the logical lengths before."""
+        for row, n in zip(self.rows, seen, strict=True):
+            if row.kept is not None and n - count < row.prompt_tokens:
+                raise CacheError(
+                    f"crop must leave the compressed prompt of {row.prompt_tokens} tokens whole, since tokens that were "
+                    f"dropped cannot come back; got {n} - {count}. Read the prompt again."
+                )
+        changed = False
+        for b, row in enumerate(self.rows):
+            missing = count - self.tail.lengths[b]
+            self.tail.lengths[b] = max(0, -missing)
+            if missing > 0:
+                self._crop_segments(row, missing)
+                changed = True
+        if changed:
+            self._table = self._build_table()
+
+    def _crop_segments(self, row: Row, count: int) -> None:
+        left = [count] * self.num_kv_heads
+        while any(left):
+            segment = row.segments.pop()
+            keep = [max(0, n - c) for n, c in zip(segment.lengths, left, strict=True)]
+            left = [max(0, c - n) for n, c in zip(segment.lengths, left, strict=True)]
+            row.segments.extend(segment.prefix(keep, self.tail.keys.dtype))
+
+    def select(self, rows: list[int]) -> PagedRows:
+        """Copy-on-write: the given rows in that order, sharing segments and copying the tail."""
+        forks = [self.rows[r].fork() for r in rows]
+        return PagedRows(
+            forks, self.tail.select(rows), fmt=self.fmt, residual=self.residual, summarize=self.summarize
+        )
+
+    def check_integrity(self, seen: list[int]) -> None:
+        """Raises IntegrityError if held tokens and positions disagree."""
+        for b, held in enumerate(self.held_tokens()):
+            expected = [len(p) for p in self.positions(b, seen[b])]
+            if held != expected:
+                raise IntegrityError(f"row {b} must hold {expected} tokens per head by its positions; it holds {held}.")
+            if self.tail.lengths[b] > self.tail.capacity:
+                raise IntegrityError(f"row {b}: tail of {self.tail.lengths[b]} tokens in {self.tail.capacity} slots.")

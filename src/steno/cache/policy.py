@@ -1,0 +1,75 @@
+"""What a recipe asks of one layer, as the cache sees it: which tokens stay, in which format, and who evicts later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from steno.types import LayerKV, Need, Observation, PageFormat
+
+
+class Evictor(Protocol):
+    """A score method that goes on evicting while the model decodes."""
+
+    @property
+    def needs_weights(self) -> bool: ...
+
+    def observe(self, state: Tensor, weights: Tensor) -> Tensor: ...
+
+    def priority(self, state: Tensor, positions: Tensor, budget_tokens: int) -> Tensor: ...
+
+
+class PageSelector(Protocol):
+    """An access method that reads only some pages in a decode step."""
+
+    @property
+    def dense_layers(self) -> int: ...
+
+    def num_pages(self, held_tokens: int) -> int: ...
+
+    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which tokens of the prompt stay.
+
+    kv: the prompt, after merging. kept: per KV head the indices, ascending; None if all stay. state: per KV head the evictor's state of the kept tokens.
+    """
+
+    kv: LayerKV
+    kept: list[Tensor] | None = None
+    state: list[Tensor] | None = None
+
+
+class LayerPolicy(Protocol):
+    """Built from a recipe; shared by all layers; holds no state."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
+    @property
+    def query_window(self) -> int: ...
+
+    @property
+    def query_statistics_skip(self) -> int: ...
+
+    @property
+    def page_format(self) -> PageFormat | None: ...
+
+    @property
+    def residual_tokens(self) -> int: ...
+
+    @property
+    def evictor(self) -> Evictor | None: ...
+
+    @property
+    def selector(self) -> PageSelector | None: ...
+
+    def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
+        """Tokens per KV head on average that this sequence may keep."""
+        ...
+
+    def select(self, kv: LayerKV, observation: Observation) -> Selection: ...

@@ -1,0 +1,234 @@
+"""The rows of one layer whose method goes on evicting while the model decodes: dense slots, overwritten in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from steno.cache.policy import Evictor
+from steno.cache.segment import HeadKV
+from steno.errors import CacheError, IntegrityError
+from steno.kernels.attention import DenseSpan, Span, SpanTable, attend, attention_weights
+
+
+@dataclass(kw_only=True)
+class SlotBlock:
+    """KV heads of one sequence that hold equally many tokens. Mutable.
+
+    keys, values: `[g, capacity, D]`; positions: `[g, capacity]` int32; state: `[g, capacity]` fp32, the evictor's;
+    the first `length` slots are in use. budget: tokens that may stay after a step. Order of slots means nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    state: Tensor
+    length: int
+    budget: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, positions: Tensor, state: Tensor, budget: int) -> SlotBlock:
+        length = keys.shape[1]
+        block = cls(
+            keys=keys, values=values, positions=positions.to(torch.int32), state=state, length=length, budget=budget
+        )
+        return block._resized(min(budget, length) + 1)
+
+    def _resized(self, capacity: int) -> SlotBlock:
+        """A copy of the used slots with room for `capacity` tokens."""
+
+        def grow(x: Tensor) -> Tensor:
+            shape = (x.shape[0], max(capacity, self.length), *x.shape[2:])
+            bigger = x.new_empty(shape)
+            bigger[:, : self.length] = x[:, : self.length]
+            return bigger
+
+        tensors = {f.name: grow(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+    @property
+    def num_heads(self) -> int:
+        return self.keys.shape[0]
+
+    def clone(self) -> SlotBlock:
+        return self._resized(self.keys.shape[1])
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> SlotBlock:
+        """Writes T new tokens, `[g, T, D]`, at positions `start ..`; returns the block, moved if it had to grow."""
+        count = k.shape[1]
+        block = self
+        if self.length + count > self.keys.shape[1]:
+            room = self.length + count if count > 1 else max(self.length + 1, min(self.budget + 1, 2 * self.length))
+            block = self._resized(room)
+        new = slice(block.length, block.length + count)
+        block.keys[:, new], block.values[:, new] = k, v
+        block.positions[:, new] = torch.arange(start, start + count, dtype=torch.int32, device=k.device)
+        block.state[:, new] = 0
+        block.length += count
+        return block
+
+    def evict(self, evictor: Evictor) -> SlotBlock:
+        """Drops the tokens of lowest priority until the budget holds; among equals the newer goes."""
+        excess = self.length - self.budget
+        if excess <= 0:
+            return self
+        used = slice(0, self.length)
+        positions = self.positions[:, used].long()
+        priority = evictor.priority(self.state[:, used], positions, self.budget)  # [g, n]
+        if excess == 1:
+            lowest = priority == priority.amin(dim=1, keepdim=True)
+            victim = torch.where(lowest, positions, -1).argmax(dim=1)  # [g]
+            heads, last = torch.arange(self.num_heads, device=victim.device), self.length - 1
+            for x in (self.keys, self.values, self.positions, self.state):
+                x[heads, victim] = x[:, last]
+            self.length = last
+            return self
+        by_position = positions.argsort(dim=1)
+        order = priority.gather(1, by_position).argsort(dim=1, descending=True, stable=True)
+        keep = by_position.gather(1, order)[:, : self.budget].sort(dim=1).values  # [g, budget]
+        heads = torch.arange(self.num_heads, device=keep.device)[:, None]
+        parts = (x[heads, keep] for x in (self.keys, self.values, self.positions, self.state))
+        return SlotBlock.of(*parts, budget=self.budget)
+
+    def drop_from(self, position: int) -> None:
+        """Removes the tokens at `position` and after; they are the last slots as long as nothing was evicted since."""
+        self.length = int((self.positions[0, : self.length] < position).sum())
+
+
+@dataclass(kw_only=True)
+class SlotRow:
+    """One sequence: one block if all heads have the same budget, otherwise a block per head.
+
+    evicted_at: logical length at the last eviction; the row cannot be rolled back before it.
+    """
+
+    blocks: list[SlotBlock]
+    evicted_at: int = 0
+
+    def fork(self) -> SlotRow:
+        return SlotRow(blocks=[block.clone() for block in self.blocks], evicted_at=self.evicted_at)
+
+    def lengths(self) -> list[int]:
+        return [block.length for block in self.blocks for _ in range(block.num_heads)]
+
+
+class SlotRows:
+    """B sequences of one layer under decode-time eviction. Mutable."""
+
+    def __init__(self, rows: list[SlotRow], seen: list[int], evictor: Evictor, head_dim: int) -> None:
+        self.rows, self.seen, self.evictor, self.head_dim = rows, seen, evictor, head_dim
+
+    @property
+    def can_roll_back(self) -> bool:
+        return False
+
+    def held_tokens(self) -> list[list[int]]:
+        """Held tokens `[B][Hkv]`."""
+        return [row.lengths() for row in self.rows]
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, counts: list[int] | None, *, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Appends T new tokens, attends over all slots, then evicts down to the budget.
+
+        q `[B, H, T, D]`; k, v `[B, Hkv, T, D]`; returns out `[B, H, T, D]` and log-sum-exp `[B, H, T]`. The output of a
+        step still sees the tokens that the step evicts (as in H2O's and TOVA's code).
+        """
+        num_new, num_kv_heads = q.shape[2], k.shape[1]
+        group = q.shape[1] // num_kv_heads
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        tables = []
+        for b, row in enumerate(self.rows):
+            count = num_new if counts is None else counts[b]
+            first = 0
+            for i, block in enumerate(row.blocks):
+                heads = slice(first, first + block.num_heads)
+                new = slice(num_new - count, None)
+                row.blocks[i] = block.append(k[b, heads, new], v[b, heads, new], self.seen[b])
+                first += block.num_heads
+            self.seen[b] += count
+            tables.append(self._spans(row))
+        if counts is None:
+            table = SpanTable.build(tables, head_dim=self.head_dim)
+            out, lse = attend(q, table, scale=scale, softcap=softcap)
+        else:
+            for b, count in enumerate(counts):
+                if count:
+                    table = SpanTable.build([tables[b]], head_dim=self.head_dim)
+                    new = slice(num_new - count, None)
+                    out[b : b + 1, :, new], lse[b : b + 1, :, new] = attend(
+                        q[b : b + 1, :, new], table, scale=scale, softcap=softcap
+                    )
+        for b, row in enumerate(self.rows):
+            count = num_new if counts is None else counts[b]
+            if count:
+                self._evict(row, q[b, :, num_new - count :], group, scale, softcap, self.seen[b])
+        return out, lse
+
+    def _spans(self, row: SlotRow) -> list[list[Span]]:
+        return [
+            [DenseSpan(block.keys[h, : block.length], block.values[h, : block.length])]
+            for block in row.blocks
+            for h in range(block.num_heads)
+        ]
+
+    def _evict(self, row: SlotRow, q: Tensor, group: int, scale: float, softcap: float | None, seen: int) -> None:
+        first = 0
+        for i, block in enumerate(row.blocks):
+            heads = slice(first * group, (first + block.num_heads) * group)
+            if self.evictor.needs_weights:
+                weights = attention_weights(q[heads], block.keys[:, : block.length], scale=scale, softcap=softcap)
+                state = block.state[:, : block.length]
+                for t in range(q.shape[1]):
+                    state = self.evictor.observe(state, weights[:, t])  # weights [g * G, T, n]
+                block.state[:, : block.length] = state
+            if block.length > block.budget:
+                row.evicted_at = seen
+            row.blocks[i] = block.evict(self.evictor)
+            first += block.num_heads
+
+    def decode_row(self, b: int, dtype: torch.dtype) -> list[HeadKV]:
+        """Dense keys and values `[n_h, D]` of every head of a row, in the order of their slots."""
+        return [
+            (block.keys[h, : block.length].to(dtype), block.values[h, : block.length].to(dtype))
+            for block in self.rows[b].blocks
+            for h in range(block.num_heads)
+        ]
+
+    def positions(self, b: int, seen: int) -> list[Tensor]:
+        """True positions of the held tokens of each head, in the order of their slots."""
+        blocks = self.rows[b].blocks
+        return [block.positions[h, : block.length].long() for block in blocks for h in range(block.num_heads)]
+
+    def crop(self, count: int, seen: list[int]) -> None:
+        """Removes the newest `count` tokens of every row, as long as nothing was evicted since they came."""
+        for b, row in enumerate(self.rows):
+            if row.evicted_at > seen[b] - count:
+                raise CacheError(
+                    f"cannot roll back {count} tokens: a method that evicts while it decodes has dropped others since. "
+                    "Speculative decoding needs a recipe that does not evict while decoding."
+                )
+        for b, row in enumerate(self.rows):
+            self.seen[b] = seen[b] - count
+            for block in row.blocks:
+                block.drop_from(self.seen[b])
+
+    def select(self, rows: list[int]) -> SlotRows:
+        """The given rows in that order, copied: slots are overwritten in place and cannot be shared."""
+        forks = [self.rows[r].fork() for r in rows]
+        return SlotRows(forks, [self.seen[r] for r in rows], self.evictor, self.head_dim)
+
+    def check_integrity(self, seen: list[int]) -> None:
+        """Raises IntegrityError if slots, positions or budgets disagree."""
+        for b, row in enumerate(self.rows):
+            if self.seen[b] != seen[b]:
+                raise IntegrityError(f"row {b} must have seen {seen[b]} tokens; it has seen {self.seen[b]}.")
+            for block in row.blocks:
+                used = block.positions[:, : block.length]
+                if block.length > max(block.budget, 0):
+                    raise IntegrityError(f"row {b} must hold at most {block.budget} tokens; it holds {block.length}.")
+                for head in used:
+                    if head.unique().numel() != block.length or (block.length and int(head.max()) >= seen[b]):
+                        raise IntegrityError(f"row {b}: positions must be distinct and below {seen[b]}.")

@@ -1,0 +1,65 @@
+"""The exception tree. Everything that steno raises on purpose is a `StenoError`; the message fits on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class StenoError(Exception):
+    """Base of all errors that steno raises on purpose."""
+
+
+class BadArgument(StenoError, ValueError):
+    """A value from the caller that cannot be used; nothing was changed."""
+
+
+class RecipeError(BadArgument):
+    """A recipe that cannot be parsed, built or applied."""
+
+
+class BudgetError(RecipeError):
+    """A budget that cannot hold: zero, below what a method protects, or without a method that can meet it."""
+
+
+class PromptError(BadArgument):
+    """A prompt or document that the model cannot read: empty, not text, or longer than its positions."""
+
+
+class ModelError(StenoError):
+    """A model that cannot be found, loaded or hosted."""
+
+
+class ChecksumError(ModelError):
+    """A downloaded file whose SHA-256 is not the pinned one."""
+
+
+class UnsupportedAttention(ModelError):
+    """An attention variant that the host cannot compute exactly; it raises instead of being silently wrong."""
+
+
+class CacheError(StenoError):
+    """An operation that the cache cannot do in its present state."""
+
+
+class IntegrityError(CacheError):
+    """An invariant of the cache does not hold: a bug of ours."""
+
+
+class CalibrationError(StenoError, ValueError):
+    """A calibration or weights file that is damaged, or holds NaN or infinity."""
+
+
+class KernelError(StenoError):
+    """A kernel that was asked for by name and is not there."""
+
+
+class StenoWarning(UserWarning):
+    """Something works, but not as well or not as the caller may expect."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid choice, or all of them."""
+    names = sorted(choices)
+    match = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"valid: {', '.join(names)}."

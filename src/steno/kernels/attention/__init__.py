@@ -1,0 +1,18 @@
+"""Attention over spans: dense tokens and quantized pages, read where they lie."""
+
+from .dispatch import attend
+from .mass import attention_mass, attention_weights
+from .merge import merge_attention
+from .spans import DenseSpan, PageSpan, Span
+from .table import SpanTable
+
+__all__ = [
+    "DenseSpan",
+    "PageSpan",
+    "Span",
+    "SpanTable",
+    "attend",
+    "attention_mass",
+    "attention_weights",
+    "merge_attention",
+]

@@ -1,0 +1,80 @@
+"""Choose the implementation of attention."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+from torch import Tensor
+
+from steno.errors import BadArgument, StenoWarning, nearest
+
+from . import cpu, naive
+from .table import SpanTable
+
+IMPLS = ("auto", "cpu", "naive")
+
+
+def attend(
+    q: Tensor,
+    table: SpanTable,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = True,
+    impl: str = "auto",
+    isa: str | None = None,
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of queries over the spans of a table.
+
+    Parameters
+    ----------
+    q: `[B, H, T, D]`; query head h reads KV head h // G.
+    scale: factor on the logits; softcap: if given, logits become `softcap * tanh(logits / softcap)`.
+    causal: the last span of each head ends with the T new tokens, and query t does not see its last T - 1 - t.
+    impl: `auto` (native for CPU tensors where the library is there, else naive), `cpu` or `naive`.
+    isa: instruction set of the native kernel, `avx512`, `avx2` or `portable`; None: the best of this machine.
+    num_threads: threads of the native kernel; None: `torch.get_num_threads()`.
+
+    Returns
+    -------
+    out `[B, H, T, D]` in the dtype of q and lse `[B, H, T]` fp32, the log-sum-exp of the logits. Without a visible token: 0, -inf.
+
+    Raises
+    ------
+    BadArgument: shapes do not fit. KernelError: the native library, or `isa`, was asked for by name and is not there.
+    """
+    _check(q, table, impl)
+    if impl == "auto":
+        impl = _choose(q, asked=isa is not None)
+    if impl == "naive":
+        return naive.attend(q, table, scale=scale, softcap=softcap, causal=causal)
+    return cpu.attend(q, table, scale=scale, softcap=softcap, causal=causal, isa=isa, num_threads=num_threads)
+
+
+def _choose(q: Tensor, *, asked: bool) -> str:
+    if asked:
+        return "cpu"
+    if q.device.type != "cpu" or q.dtype not in cpu.QUERY_DTYPES:
+        return "naive"
+    reason = cpu.why_missing()
+    if reason is None:
+        return "cpu"
+    _warn_once(reason)
+    return "naive"
+
+
+@lru_cache(maxsize=1)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"attention runs in plain torch, many times slower: {reason}", StenoWarning, stacklevel=4)
+
+
+def _check(q: Tensor, table: SpanTable, impl: str) -> None:
+    if impl not in IMPLS:
+        raise BadArgument(f"unknown impl {impl!r}; {nearest(impl, IMPLS)}")
+    rows, heads, head_dim = table.num_rows, table.num_kv_heads, table.head_dim
+    if q.ndim != 4 or q.shape[0] != rows or q.shape[1] % heads or not q.shape[1] or q.shape[3] != head_dim:
+        raise BadArgument(
+            f"q must be [{rows}, a multiple of {heads}, T, {head_dim}] for this table; got {[*q.shape]}."
+        )

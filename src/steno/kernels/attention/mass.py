@@ -1,0 +1,51 @@
+"""How much attention tokens receive, without ever holding a T x T matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steno.errors import BadArgument
+
+
+def attention_mass(
+    q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, offset: int, block: int = 256
+) -> Tensor:
+    """Column sums of causal softmax attention.
+
+    Parameters
+    ----------
+    q: `[H, T, D]`; k: `[Hkv, S, D]`. Query t sees the keys 0 to offset + t.
+    block: queries that are computed at a time; the temporaries are `[H, block, S]` fp32.
+
+    Returns
+    -------
+    `[H, S]` fp32; entry s is the sum over the queries of the attention to key s.
+    """
+    if offset < 0:
+        raise BadArgument(f"offset must be at least 0; got {offset}.")
+    mass = k.new_zeros(q.shape[0], k.shape[1], dtype=torch.float32)
+    for start in range(0, q.shape[1], block):
+        queries = q[:, start : start + block]
+        seen = min(offset + start + queries.shape[1], k.shape[1])
+        last_seen = torch.arange(offset + start, offset + start + queries.shape[1], device=q.device)
+        mass[:, :seen] += _softmax(queries, k[:, :seen], last_seen, scale, softcap).sum(dim=1)
+    return mass
+
+
+def attention_weights(q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+    """Softmax attention `[H, T, S]` fp32 of queries `[H, T, D]` to keys `[Hkv, S, D]`, causal among the last T keys."""
+    if q.shape[1] > k.shape[1]:
+        raise BadArgument(f"the keys must include those of the {q.shape[1]} queries; got {k.shape[1]} keys.")
+    last_seen = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+    return _softmax(q, k, last_seen, scale, softcap)
+
+
+def _softmax(q: Tensor, k: Tensor, last_seen: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention `[H, T, S]`; query t sees the keys up to `last_seen[t]`."""
+    grouped = q.float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G * T, D]
+    x = torch.bmm(grouped, k.float().transpose(1, 2)).mul_(scale).reshape(*q.shape[:2], -1)  # [H, T, S]
+    if softcap:
+        x = x.div_(softcap).tanh_().mul_(softcap)
+    hidden = torch.arange(k.shape[1], device=q.device) > last_seen[:, None]  # [T, S]
+    return x.masked_fill_(hidden, -torch.inf).softmax(dim=2)

@@ -1,0 +1,126 @@
+"""The span table: what the kernels read, for every row and KV head its list of spans, oldest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum, auto
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from steno.errors import BadArgument
+
+from .spans import DENSE_DTYPES, DenseSpan, Span
+
+
+class Column(IntEnum):
+    """Columns of the entries; the struct `Entry` of csrc/attend.h has the same order."""
+
+    FORMAT = 0
+    """0, 1, 2: dense fp32, bf16, fp16; 8, 4, 2 + 16: pages of so many bits."""
+    KEYS = auto()
+    VALUES = auto()
+    KEY_PARAMS = auto()
+    VALUE_PARAMS = auto()
+    TOKENS = auto()
+    LOG_COUNTS = auto()
+    PAGE_IDS = auto()
+    NUM_PAGE_IDS = auto()
+    """-1: the span is read whole."""
+    KEY_GROUP = auto()
+    VALUE_GROUP = auto()
+
+
+PAGED = 16
+"""Added to the bits of a page format to tell it from the dense formats."""
+
+
+class SpanTable:
+    """Spans of B rows with Hkv KV heads each, as Python objects and as raw addresses; keeps their tensors alive.
+
+    rows: `rows[b][h]` is the list of spans of KV head h of row b.
+    entries: `[n, len(Column)]` int64, one line per span, heads in order; offsets: `[B * Hkv + 1]` int32 into them.
+    page_ids: entry → int32 page indices to read instead of the whole span.
+    """
+
+    def __init__(self, rows: list[list[list[Span]]], head_dim: int, entries: Tensor, offsets: Tensor) -> None:
+        self.rows = rows
+        self.head_dim = head_dim
+        self.entries = entries
+        self.offsets = offsets
+        self.page_ids: dict[int, Tensor] = {}
+        self._tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
+        self._tail_capacities = [_tail_capacity(row) for row in rows]
+
+    @classmethod
+    def build(cls, rows: list[list[list[Span]]], *, head_dim: int) -> SpanTable:
+        """The table of `rows[b][h]`, lists of spans; a list may be empty, but every row needs the same number of heads."""
+        if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+            raise BadArgument(f"every row needs the same number of KV heads; got {[len(row) for row in rows]}.")
+        heads = [spans for row in rows for spans in row]
+        for span in (span for spans in heads for span in spans):
+            if span.head_dim != head_dim:
+                raise BadArgument(f"spans must have head_dim {head_dim}; got {span.head_dim}.")
+        entries = torch.tensor([_entry(span) for spans in heads for span in spans], dtype=torch.int64)
+        offsets = torch.tensor([0, *accumulate(len(spans) for spans in heads)], dtype=torch.int32)
+        return cls(rows, head_dim, entries.reshape(-1, len(Column)), offsets)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.rows[0])
+
+    def set_tail_lengths(self, lengths: Sequence[int]) -> None:
+        """Mutates the table: of the last span of every head of row b, a dense buffer, the first `lengths[b]` tokens count."""
+        if len(lengths) != self.num_rows:
+            raise BadArgument(f"lengths must have one entry per row, {self.num_rows}; got {len(lengths)}.")
+        for length, capacity in zip(lengths, self._tail_capacities, strict=True):
+            if not 0 <= length <= capacity:
+                raise BadArgument(f"a tail length must be between 0 and the dense tail's {capacity}; got {length}.")
+        counts = torch.tensor(lengths, dtype=torch.int64).repeat_interleave(self.num_kv_heads)
+        self.entries[:, Column.TOKENS].index_copy_(0, self._tail_entries, counts)
+
+    def with_page_ids(self, page_ids: Mapping[int, Tensor] | Sequence[Tensor | None]) -> SpanTable:
+        """A table that reads only some 64-token pages of some spans.
+
+        Parameters
+        ----------
+        page_ids: entry index → int32 page indices `[m]`, each once, in any order; entries without one are read whole.
+        """
+        pairs = page_ids.items() if isinstance(page_ids, Mapping) else enumerate(page_ids)
+        chosen = {idx: ids for idx, ids in pairs if ids is not None}
+        table = SpanTable(self.rows, self.head_dim, self.entries.clone(), self.offsets)
+        for idx, ids in chosen.items():
+            if not 0 <= idx < len(self.entries) or ids.dtype != torch.int32 or ids.ndim != 1 or not ids.is_contiguous():
+                raise BadArgument(f"page ids must be int32 [m], contiguous, of an existing entry; got {ids!r} for {idx}.")
+        if chosen:
+            lines = torch.tensor([[ids.data_ptr(), len(ids)] for ids in chosen.values()], dtype=torch.int64)
+            table.entries[:, Column.PAGE_IDS : Column.NUM_PAGE_IDS + 1].index_copy_(0, torch.tensor([*chosen]), lines)
+        table.page_ids = chosen
+        return table
+
+    def tokens_of(self, idx: int) -> int:
+        """How many tokens of the span of entry `idx` count."""
+        return int(self.entries[idx, Column.TOKENS])
+
+
+def _entry(span: Span) -> list[int]:
+    log_counts = 0 if span.log_counts is None else span.log_counts.data_ptr()
+    if isinstance(span, DenseSpan):
+        addresses = [span.keys.data_ptr(), span.values.data_ptr(), 0, 0]
+        return [DENSE_DTYPES.index(span.keys.dtype), *addresses, span.num_tokens, log_counts, 0, -1, 0, 0]
+    pages = span.pages
+    addresses = [pages.key_codes, pages.value_codes, pages.key_params, pages.value_params]
+    addresses = [tensor.data_ptr() for tensor in addresses]
+    groups = [pages.fmt.key_group, pages.fmt.value_group]
+    return [PAGED + pages.fmt.bits, *addresses, span.num_tokens, log_counts, 0, -1, *groups]
+
+
+def _tail_capacity(row: list[list[Span]]) -> int:
+    """Tokens that the dense tails of every head of a row can hold; -1 if a head has no dense tail."""
+    tails = [spans[-1] if spans else None for spans in row]
+    return min(tail.num_tokens if isinstance(tail, DenseSpan) else -1 for tail in tails)

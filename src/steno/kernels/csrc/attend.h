@@ -1,0 +1,92 @@
+// What the dispatcher, the per-instruction-set kernels and the Python side agree on.
+#pragma once
+
+#include <cstdint>
+
+constexpr int kPageTokens = 64;
+constexpr int kLanes = 16;
+constexpr int kAbiVersion = 1;
+
+// One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
+struct Entry {
+    int64_t format;
+    const uint8_t *keys;
+    const uint8_t *values;
+    const uint16_t *key_params;
+    const uint16_t *value_params;
+    int64_t tokens;
+    const float *log_counts;  // [tokens], or null
+    const int32_t *page_ids;
+    int64_t num_page_ids;  // -1: the span is read whole
+    int64_t key_group;
+    int64_t value_group;
+};
+static_assert(sizeof(Entry) == 11 * 8, "entries are rows of 11 int64");
+
+// Values of Entry.format; pages are kPaged + bits.
+enum Format : int64_t { kFloat = 0, kBfloat16 = 1, kHalf = 2, kInt2 = 16 + 2, kInt4 = 16 + 4, kInt8 = 16 + 8 };
+inline bool is_paged(const Entry &entry) { return entry.format > kHalf; }
+
+// The arguments of steno_attend; `_Problem` of steno/kernels/attention/cpu.py has the same fields.
+struct Problem {
+    const float *q;  // [num_heads, group, num_queries, head_dim]
+    float *out;      // the same shape
+    float *lse;      // [num_heads, group, num_queries]
+    const Entry *entries;
+    const int32_t *offsets;  // [num_heads + 1]
+    int64_t num_heads;       // KV heads of all rows
+    int64_t group;           // query heads per KV head
+    int64_t num_queries;
+    int64_t head_dim;
+    float scale;
+    float softcap;  // 0: none
+    int32_t causal;
+    int32_t isa;
+    int32_t num_threads;
+};
+
+// A chunk of the queries of one KV head. Vector v is query `first + v / group` of query head `v % group`.
+struct Unit {
+    int64_t head;
+    int64_t first;
+    int64_t num_vectors;
+};
+
+// Softmax over some of the keys of a unit, not yet normalized.
+struct Partial {
+    float *max;  // [num_vectors]
+    float *sum;  // [num_vectors][kLanes], lanes to be added up
+    float *acc;  // [num_vectors][padded_dim]
+};
+
+// Working memory of one thread.
+struct Scratch {
+    float *q;       // [num_vectors][padded_dim], scaled
+    float *logits;  // [kMaxBlock][kPageTokens]
+    float *coef;    // [kMaxDirect][groups][rows], at most kMaxDirect * 4 * padded_dim
+    float *bias;    // [kMaxDirect][groups]
+    float *keys;    // [padded_dim][kPageTokens]
+    float *values;  // [kPageTokens][padded_dim]
+};
+constexpr int kMaxBlock = 6;   // query vectors that a kernel takes at a time
+constexpr int kMaxDirect = 4;  // up to here pages are decoded in registers, beyond once into scratch
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded_dim(const Problem &p) { return ceil_div(p.head_dim, kLanes) * kLanes; }
+
+// Tokens of the last span that query t must not see.
+inline int64_t hidden_from(const Problem &p, int64_t query) { return p.causal ? p.num_queries - 1 - query : 0; }
+
+// Tiles of 64 tokens of a span that queries up to `last` read.
+inline int64_t count_tiles(const Problem &p, const Entry &entry, bool is_tail, int64_t last) {
+    if (entry.num_page_ids >= 0) return entry.num_page_ids;
+    const int64_t tokens = entry.tokens - (is_tail ? hidden_from(p, last) : 0);
+    return tokens > 0 ? ceil_div(tokens, kPageTokens) : 0;
+}
+
+// Attention of a unit over its tiles [begin, end), counted through its spans in order.
+using Kernel = void (*)(const Problem &, const Unit &, int64_t begin, int64_t end, const Scratch &, const Partial &);
+
+extern const Kernel kPortableKernel;
+extern const Kernel kAvx2Kernel;    // null where it was not compiled
+extern const Kernel kAvx512Kernel;  // null where it was not compiled

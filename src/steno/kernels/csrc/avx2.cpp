@@ -1,0 +1,139 @@
+// The kernel for AVX2 with FMA and F16C: a vector of 16 floats is two registers.
+#include "attend.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace {
+
+struct F {
+    __m256 lo, hi;
+};
+struct I {
+    __m256i lo, hi;
+};
+constexpr int kAccumulators = 6;
+
+inline F load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float *p, F x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
+inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F round(F x) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.lo, kNearest), _mm256_round_ps(x.hi, kNearest)};
+}
+inline __m256 pow2_of(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline F pow2(F n) { return {pow2_of(n.lo), pow2_of(n.hi)}; }
+inline F abs_of(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.f);
+    return {_mm256_andnot_ps(sign, x.lo), _mm256_andnot_ps(sign, x.hi)};
+}
+inline F with_sign_of(F x, F s) {
+    const __m256 sign = _mm256_set1_ps(-0.f);
+    return {_mm256_or_ps(x.lo, _mm256_and_ps(sign, s.lo)), _mm256_or_ps(x.hi, _mm256_and_ps(sign, s.hi))};
+}
+inline float hsum(F x) {
+    const __m256 s = _mm256_add_ps(x.lo, x.hi);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+inline float hmax(F x) {
+    const __m256 s = _mm256_max_ps(x.lo, x.hi);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+}
+inline F select_less(F a, F b, F yes, F no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline F keep_first(F x, int64_t n, float other) {
+    const __m256 index = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_ps(static_cast<float>(n));
+    const F indices{index, _mm256_add_ps(index, _mm256_set1_ps(8.f))};
+    return select_less(indices, {count, count}, x, set1(other));
+}
+
+inline __m256 load_eight_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+inline F load_half(const uint16_t *p) { return {load_eight_halves(p), load_eight_halves(p + 8)}; }
+inline __m256 load_eight_bfloats(const uint16_t *p) {
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+}
+inline F load_bfloat16(const uint16_t *p) { return {load_eight_bfloats(p), load_eight_bfloats(p + 8)}; }
+inline float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
+
+inline __m256 decode_eight_bytes(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+}
+inline F decode_int8(const uint8_t *p) { return {decode_eight_bytes(p), decode_eight_bytes(p + 8)}; }
+inline I load_line(const uint8_t *p) {
+    const __m256i *line = reinterpret_cast<const __m256i *>(p);
+    return {_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)};
+}
+inline I shift_right(I x, int64_t n) {
+    const __m128i count = _mm_cvtsi64_si128(n);
+    return {_mm256_srl_epi32(x.lo, count), _mm256_srl_epi32(x.hi, count)};
+}
+template <int n>
+inline I shift_right_by(I x) {
+    return {_mm256_srli_epi32(x.lo, n), _mm256_srli_epi32(x.hi, n)};
+}
+template <int kBits>
+inline __m256 decode_low_of(__m256i x) {
+    if (kBits == 2) return _mm256_permutevar_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), x);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+template <int kBits>
+inline F decode_low(I x) {
+    return {decode_low_of<kBits>(x.lo), decode_low_of<kBits>(x.hi)};
+}
+
+inline void transpose8(__m256 *x) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)  // b[i + k], 128-bit lane l: column 4 l + k of the rows i .. i + 3
+        for (int k = 0; k < 4; k++) b[i + k] = _mm256_shuffle_ps(a[i + k / 2], a[i + 2 + k / 2], k % 2 ? 0xee : 0x44);
+    for (int k = 0; k < 4; k++) {
+        x[k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x20);
+        x[4 + k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x31);
+    }
+}
+inline void transpose16(F *x) {
+    __m256 part[4][8];  // quarters of the matrix: row half, column half
+    for (int i = 0; i < 16; i++) part[i / 8 * 2][i % 8] = x[i].lo, part[i / 8 * 2 + 1][i % 8] = x[i].hi;
+    for (int i = 0; i < 4; i++) transpose8(part[i]);
+    for (int i = 0; i < 8; i++) x[i] = {part[0][i], part[2][i]}, x[8 + i] = {part[1][i], part[3][i]};
+}
+
+#include "attend.inl"
+
+}  // namespace
+
+const Kernel kAvx2Kernel = attend;
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+const Kernel kAvx2Kernel = nullptr;
+#endif

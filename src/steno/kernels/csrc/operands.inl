@@ -1,0 +1,117 @@
+// What stands on the right of both products of attention: a matrix [rows][blocks * 16] in some format.
+
+// Where a matrix of keys (transposed) or values lies. coef_rows: rows of the coefficients, rows rounded up to 16.
+struct Operand {
+    int64_t format;
+    const uint8_t *codes;
+    const uint16_t *params;  // [2][groups][rows], scales then minima; null for plain numbers
+    int64_t rows;
+    int64_t blocks;
+    int64_t groups;
+    int64_t blocks_per_group;
+    int64_t coef_rows() const { return ceil_div(rows, kLanes) * kLanes; }
+    int64_t group_of(int64_t block) const { return groups == 1 ? 0 : block / blocks_per_group; }
+};
+
+inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
+    return bits == 8 ? rows * blocks * kLanes : ceil_div(rows * blocks * bits, 32) * 64;
+}
+
+// Decoders: decode<N>(index, x) reads the blocks index .. index + N - 1, with kAligned index is a multiple of N.
+struct Floats {
+    const uint8_t *base;
+    template <int N, bool kAligned>
+    inline void decode(int64_t index, F *x) const {
+        for (int n = 0; n < N; n++) x[n] = load(reinterpret_cast<const float *>(base) + (index + n) * kLanes);
+    }
+};
+
+struct Bfloats {
+    const uint8_t *base;
+    template <int N, bool kAligned>
+    inline void decode(int64_t index, F *x) const {
+        for (int n = 0; n < N; n++) x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
+    }
+};
+
+struct Halves {
+    const uint8_t *base;
+    template <int N, bool kAligned>
+    inline void decode(int64_t index, F *x) const {
+        for (int n = 0; n < N; n++) x[n] = load_half(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
+    }
+};
+
+struct Bytes {
+    const uint8_t *base;
+    template <int N, bool kAligned>
+    inline void decode(int64_t index, F *x) const {
+        for (int n = 0; n < N; n++) x[n] = decode_int8(base + (index + n) * kLanes);
+    }
+};
+
+template <int kBits>
+struct Fields {
+    static constexpr int kPerLine = 32 / kBits;
+    const uint8_t *base;
+    inline I line(int64_t index) const { return load_line(base + index / kPerLine * 64); }
+    template <int N, bool kAligned>
+    inline void decode(int64_t index, F *x) const {
+        if (kAligned && N > 1) {  // all in one line
+            I codes = line(index);
+            if (N < kPerLine) codes = shift_right(codes, index % kPerLine * kBits);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) {
+                x[n] = decode_low<kBits>(codes);
+                codes = shift_right_by<kBits>(codes);
+            }
+        } else {
+            for (int n = 0; n < N; n++)
+                x[n] = decode_low<kBits>(shift_right(line(index + n), (index + n) % kPerLine * kBits));
+        }
+    }
+};
+
+// dst[r][c] = code * scale + minimum, dst [rows][blocks * 16].
+template <class Codes>
+inline void dequantize_as(const Operand &x, float *dst) {
+    const Codes codes{x.codes};
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t b = 0; b < x.blocks; b++) {
+            const int64_t g = x.group_of(b);
+            F value[1];
+            codes.template decode<1, true>(r * x.blocks + b, value);
+            const F scale = set1(half_to_float(x.params[g * x.rows + r]));
+            const F minimum = set1(half_to_float(x.params[(x.groups + g) * x.rows + r]));
+            store(dst + (r * x.blocks + b) * kLanes, fma(value[0], scale, minimum));
+        }
+}
+
+inline Operand dequantize(Operand x, float *dst) {
+    if (x.format == kInt8) dequantize_as<Bytes>(x, dst);
+    else if (x.format == kInt4) dequantize_as<Fields<4>>(x, dst);
+    else dequantize_as<Fields<2>>(x, dst);
+    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, x.rows, x.blocks, 1, x.blocks};
+}
+
+// Dense keys [count][dim] to fp32 [padded dim][64], columns from count on zero.
+inline Operand transpose_keys(const Entry &e, int64_t token, int64_t count, int64_t dim, float *dst) {
+    for (int64_t c = 0; c < dim; c += kLanes)
+        for (int64_t t = 0; t < kPageTokens; t += kLanes) {
+            F x[kLanes];
+            for (int i = 0; i < kLanes; i++)
+                x[i] = t + i < count ? load_dense(e.format, e.keys, (token + t + i) * dim + c, dim - c) : set1(0.f);
+            transpose16(x);
+            for (int i = 0; i < kLanes; i++) store(dst + (c + i) * kPageTokens + t, x[i]);
+        }
+    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, dim, kPageTokens / kLanes, 1, kPageTokens / kLanes};
+}
+
+// Dense values [count][dim] to fp32 [count][padded dim].
+inline Operand copy_values(const Entry &e, int64_t token, int64_t count, int64_t dim, float *dst) {
+    const int64_t blocks = ceil_div(dim, kLanes);
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t b = 0; b < blocks; b++)
+            store(dst + (t * blocks + b) * kLanes, load_dense(e.format, e.values, (token + t) * dim + b * kLanes, dim - b * kLanes));
+    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, count, blocks, 1, blocks};
+}

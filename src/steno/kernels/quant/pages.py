@@ -1,0 +1,118 @@
+"""Pages: 64 tokens of one KV head in a quantized format.
+
+Keys are stored transposed, `[D, 64]` with groups of tokens per channel, values as `[64, D]` with groups of channels per
+token. Both halves of attention are then one operation, `out[c] += sum_r coef[r, group(c)] * code[r, c]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steno.errors import BadArgument
+from steno.types import PAGE_TOKENS, PageFormat
+
+from .groups import dequantize_groups, quantize_groups
+from .packing import LANES, code_bytes, pack_codes, unpack_codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """P pages of one format, of any number of heads; every tensor is contiguous.
+
+    key_codes, value_codes: `[P, bytes]` uint8.
+    key_params: `[P, 2, 64 / key_group, D]` fp16, value_params: `[P, 2, ceil(D / value_group), 64]` fp16; scales, then minima.
+    """
+
+    fmt: PageFormat
+    head_dim: int
+    key_codes: Tensor
+    value_codes: Tensor
+    key_params: Tensor
+    value_params: Tensor
+
+    @property
+    def num_pages(self) -> int:
+        return self.key_codes.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_pages * page_bytes(self.fmt, self.head_dim)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """key_codes, value_codes, key_params, value_params."""
+        return self.key_codes, self.value_codes, self.key_params, self.value_params
+
+    def __getitem__(self, pages: slice) -> Pages:
+        """A run of consecutive pages, as views."""
+        if pages.step not in (None, 1):
+            raise BadArgument(f"pages are sliced with step 1; got {pages.step}.")
+        return _pages(self.fmt, self.head_dim, [t[pages] for t in self.tensors])
+
+
+def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat) -> Pages:
+    """Quantize keys and values `[P, 64, D]` into P pages; works on any device."""
+    if keys.ndim != 3 or keys.shape != values.shape or keys.shape[1] != PAGE_TOKENS or not keys.shape[2]:
+        raise BadArgument(f"keys and values must both be [P, {PAGE_TOKENS}, D]; got {[*keys.shape]}, {[*values.shape]}.")
+    head_dim = keys.shape[2]
+    _check_format(fmt, head_dim)
+    key_codes, key_params = quantize_groups(keys.transpose(1, 2), bits=fmt.bits, group=fmt.key_group)
+    value_codes, value_params = quantize_groups(values, bits=fmt.bits, group=fmt.value_group)
+    codes = [pack_codes(key_codes, fmt.bits), pack_codes(value_codes, fmt.bits)]
+    return _pages(fmt, head_dim, [*codes, key_params, value_params])
+
+
+def decode_pages(pages: Pages, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The keys and values `[P, 64, D]` that `pages` stand for."""
+    fmt, head_dim = pages.fmt, pages.head_dim
+    key_codes = unpack_codes(pages.key_codes, head_dim, PAGE_TOKENS, fmt.bits)  # [P, D, 64]
+    value_codes = unpack_codes(pages.value_codes, PAGE_TOKENS, head_dim, fmt.bits)  # [P, 64, D]
+    keys = dequantize_groups(key_codes, pages.key_params, group=fmt.key_group, dtype=dtype)
+    values = dequantize_groups(value_codes, pages.value_params, group=fmt.value_group, dtype=dtype)
+    return keys.transpose(1, 2).contiguous(), values.contiguous()
+
+
+def page_bytes(fmt: PageFormat, head_dim: int) -> int:
+    """Exact bytes of one page: codes and params of its keys and values."""
+    _check_format(fmt, head_dim)
+    codes = code_bytes(head_dim, PAGE_TOKENS, fmt.bits) + code_bytes(PAGE_TOKENS, head_dim, fmt.bits)
+    num_groups = PAGE_TOKENS // fmt.key_group * head_dim + -(-head_dim // fmt.value_group) * PAGE_TOKENS
+    return codes + num_groups * 2 * torch.float16.itemsize
+
+
+def cat_pages(parts: Sequence[Pages]) -> Pages:
+    """The pages of all parts, in order; they must share format, head_dim and device."""
+    if not parts:
+        raise BadArgument("cat_pages needs at least one part; got none.")
+    kinds = {(part.fmt, part.head_dim) for part in parts}
+    if len(kinds) > 1:
+        raise BadArgument(f"pages of one format and head_dim can be joined; got {kinds}.")
+    columns = zip(*(part.tensors for part in parts), strict=True)
+    return _pages(parts[0].fmt, parts[0].head_dim, [torch.cat(column) for column in columns])
+
+
+def _pages(fmt: PageFormat, head_dim: int, tensors: list[Tensor]) -> Pages:
+    key_codes, value_codes, key_params, value_params = tensors
+    return Pages(
+        fmt=fmt,
+        head_dim=head_dim,
+        key_codes=key_codes,
+        value_codes=value_codes,
+        key_params=key_params,
+        value_params=value_params,
+    )
+
+
+def _check_format(fmt: PageFormat, head_dim: int) -> None:
+    if fmt.bits not in (8, 4, 2):
+        raise BadArgument(f"bits must be 8, 4 or 2; got {fmt.bits}.")
+    if fmt.key_group not in (16, 32, 64):
+        raise BadArgument(f"key_group must be 16, 32 or 64 tokens; got {fmt.key_group}.")
+    if fmt.value_group < 1 or (fmt.value_group % LANES and fmt.value_group < head_dim):
+        raise BadArgument(
+            f"value_group must be a multiple of {LANES} or at least head_dim {head_dim}; got {fmt.value_group}."
+        )

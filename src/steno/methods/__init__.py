@@ -1,0 +1,71 @@
+"""The methods, one table per kind. A class that is listed here can be used in recipes and is tested by the contracts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steno.methods.access.all import All
+from steno.methods.access.quest import Quest
+from steno.methods.allocate.adakv import AdaKV
+from steno.methods.allocate.pyramidkv import PyramidKV
+from steno.methods.allocate.uniform import Uniform
+from steno.methods.interfaces import Access, Allocator, Evictor, Merger, Method, Quantizer, Scorer
+from steno.methods.merge.evict import Evict
+from steno.methods.quantize.integer import Int2, Int4, Int8
+from steno.methods.quantize.kivi import KIVI
+from steno.methods.score.expected_attention import ExpectedAttention
+from steno.methods.score.h2o import H2O
+from steno.methods.score.keydiff import KeyDiff
+from steno.methods.score.kvzip import KVzip
+from steno.methods.score.snapkv import SnapKV
+from steno.methods.score.streaming_llm import StreamingLLM
+from steno.methods.score.tova import TOVA
+
+KINDS = ("score", "allocate", "merge", "transform", "share", "quantize", "access")
+"""The kinds of stages, in the order in which a recipe names them."""
+
+SCORERS: dict[str, type[Scorer]] = {
+    cls.id: cls for cls in (StreamingLLM, SnapKV, TOVA, H2O, KeyDiff, ExpectedAttention, KVzip)
+}
+ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
+MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
+QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
+ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
+METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **QUANTIZERS, **ACCESSORS}
+
+__all__ = [
+    "ACCESSORS",
+    "ALLOCATORS",
+    "KINDS",
+    "MERGERS",
+    "METHODS",
+    "QUANTIZERS",
+    "SCORERS",
+    "Access",
+    "Allocator",
+    "Evictor",
+    "Merger",
+    "Method",
+    "Quantizer",
+    "Scorer",
+    "describe_methods",
+]
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """What each method says about itself, in the order of the kinds; plain values, ready for JSON."""
+    return [
+        {
+            "id": cls.id,
+            "kind": cls.kind,
+            "title": cls.title,
+            "paper": cls.paper,
+            "year": cls.year,
+            "arxiv": cls.arxiv,
+            "needs": sorted(need.name for need in cls.needs),
+            "frees_memory": cls.frees_memory,
+            "trained": cls.trained,
+            "differs": cls.differs,
+        }
+        for cls in METHODS.values()
+    ]

@@ -1,0 +1,1 @@
+"""Access: which pages a decode step reads."""

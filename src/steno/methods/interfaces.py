@@ -1,0 +1,102 @@
+"""What a method of each kind must offer. Only signatures: every method is a final class that matches one of them."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from steno.types import LayerKV, Need, Observation, PageFormat
+
+
+class Method(Protocol):
+    """What every method says about itself."""
+
+    id: ClassVar[str]
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    year: ClassVar[int]
+    arxiv: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+    trained: ClassVar[bool]
+    frees_memory: ClassVar[bool]
+    differs: ClassVar[str]
+
+
+class Scorer(Method, Protocol):
+    """How much each token matters, higher is kept first; +inf is protected."""
+
+    evicts_while_decoding: ClassVar[bool]
+
+    @property
+    def query_window(self) -> int:
+        """How many of the last queries `obs.queries` must hold; 0 without `Need.QUERIES`."""
+
+    @property
+    def query_statistics_skip(self) -> int:
+        """How many first tokens the query statistics leave out."""
+
+    @property
+    def min_tokens(self) -> int:
+        """How many tokens per KV head are protected whatever their score: the smallest budget that can hold."""
+
+    def score(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """Scores `[Hkv, S]` fp32; never NaN; the input is not changed."""
+
+
+class Evictor(Scorer, Protocol):
+    """A scorer that goes on choosing at every decode step, over a state of one number per held token."""
+
+    needs_weights: ClassVar[bool]
+
+    def prefill_state(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """The state `[Hkv, S]` fp32 after the prompt."""
+
+    def observe(self, state: Tensor, weights: Tensor) -> Tensor:
+        """The next state `[Hkv, n]` from the attention weights `[H, n]` of one step; a new token comes in as 0."""
+
+    def priority(self, state: Tensor, positions: Tensor, budget_tokens: int) -> Tensor:
+        """What to keep first, `[Hkv, n]` fp32, from the state and the true positions, both `[Hkv, n]`."""
+
+
+class Allocator(Method, Protocol):
+    """How many tokens each head of a layer keeps."""
+
+    def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
+        """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers."""
+
+
+class Merger(Method, Protocol):
+    """What becomes of the tokens that are not kept."""
+
+    def merge(self, kv: LayerKV, kept: Tensor) -> LayerKV:
+        """The layer in which the tokens of `kept` `[Hkv, S]` bool stand for all; the others are not read again."""
+
+
+class Quantizer(Method, Protocol):
+    """The format of the pages, and when the tail becomes pages."""
+
+    @property
+    def page_format(self) -> PageFormat:
+        """How a page stores its tokens."""
+
+    @property
+    def residual_tokens(self) -> int:
+        """The tail turns into pages when it holds this many tokens; a multiple of the page."""
+
+
+class Access(Method, Protocol):
+    """Which pages a decode step reads."""
+
+    reads_all: ClassVar[bool]
+
+    @property
+    def dense_layers(self) -> int:
+        """How many first layers read every page."""
+
+    def num_pages(self, held_tokens: int) -> int:
+        """How many pages per KV head a step reads when `held_tokens` are held."""
+
+    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
+        """Rank of each page `[Hkv, P]` fp32 from queries `[H, D]` and per-page key minima and maxima `[Hkv, P, D]`."""

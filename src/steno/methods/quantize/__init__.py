@@ -1,0 +1,1 @@
+"""Quantizers: the format of the pages."""

@@ -1,0 +1,1 @@
+"""Scorers: how much each held token matters."""

@@ -1,0 +1,58 @@
+"""KeyDiff: keys that point away from the mean direction of their head are the ones that attention picks out.
+
+Source: Park, Jones, Morse, Goel, Lee, Lott, 2025, https://arxiv.org/abs/2504.15364.
+Differs: written from the paper, no authors' code at hand; the paper evicts after each block of a long prompt and while decoding,
+    this scores the whole prompt once at its end, and protects no recent window.
+Cost: 3*Hkv*S*D FLOPs; one fp32 copy of the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from steno.types import LayerKV, Need, Observation
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff:
+    """Negative cosine similarity of a key with the mean of the normalised keys of its head; no parameters."""
+
+    id: ClassVar[str] = "keydiff"
+    kind: ClassVar[str] = "score"
+    title: ClassVar[str] = "KeyDiff"
+    paper: ClassVar[str] = (
+        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments"
+    )
+    year: ClassVar[int] = 2025
+    arxiv: ClassVar[str] = "2504.15364"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    trained: ClassVar[bool] = False
+    frees_memory: ClassVar[bool] = True
+    differs: ClassVar[str] = (
+        "Written from the paper; it evicts after each block of the prompt and while decoding, "
+        "this scores the whole prompt once at its end, and protects no recent window."
+    )
+    evicts_while_decoding: ClassVar[bool] = False
+
+    @property
+    def query_window(self) -> int:
+        return 0
+
+    @property
+    def query_statistics_skip(self) -> int:
+        return 0
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+    def score(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """Scores `[Hkv, S]` fp32 in [-1, 1]."""
+        directions = normalize(kv.keys.float(), dim=-1)  # [Hkv, S, D]
+        anchor = normalize(directions.mean(1), dim=-1)  # [Hkv, D]
+        return -(directions @ anchor[:, :, None])[..., 0]  # [Hkv, S]

@@ -1,0 +1,143 @@
+"""One model's memory for B sequences: what transformers sees as `past_key_values`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from steno.cache.accounting import Meter, held_bytes
+from steno.cache.layer import LayerCache, Reading
+from steno.errors import BadArgument, CacheError, ModelError
+from steno.models.host import NAME
+from steno.models.rope import rope_of
+from steno.pipeline import RecipePolicy
+from steno.recipe import Recipe, as_recipe
+
+
+class KVCache(Cache):
+    """A cache whose full-attention layers follow a recipe; other layers keep transformers' own class.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The configuration of the model; its attention implementation must be `steno`
+        (`model.set_attn_implementation("steno")`).
+    recipe : Recipe, str or None
+        What to keep and how; None keeps everything, dense.
+    prompt_tokens : int or None
+        Length at which the prompt is complete and gets compressed. None: after the first forward pass; give it when the
+        prompt comes in chunks (`prefill_chunk_size`), since transformers does not say which chunk is the last.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe cannot be parsed.
+    ModelError
+        If the model keeps no key-value cache in any layer.
+    """
+
+    def __init__(self, config: Any, recipe: Recipe | str | None = None, *, prompt_tokens: int | None = None) -> None:
+        if prompt_tokens is not None and prompt_tokens < 1:
+            raise BadArgument(f"`prompt_tokens` must be >= 1; got prompt_tokens={prompt_tokens}.")
+        self.recipe = as_recipe(recipe)
+        self.reading = Reading(prompt_tokens=prompt_tokens)
+        self.meter = Meter()
+        self.config = config.get_text_config(decoder=True)
+        super().__init__(layers=self._build_layers())
+
+    def _build_layers(self) -> list[Any]:
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(self.config)
+        shared = bool(getattr(self.config, "num_kv_shared_layers", 0))
+        modes = getattr(self.config, "kv_sharing_modes", None) or [None] * len(layer_types)
+        ours = [
+            kind == "full_attention" and mode is None and (not shared or any(modes))
+            for kind, mode in zip(layer_types, modes, strict=True)
+        ]
+        policy, layers = RecipePolicy(self.recipe), []
+        for kind, kwargs, is_ours in zip(layer_types, layer_kwargs, ours, strict=True):
+            if not is_ours:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+                continue
+            layers.append(
+                LayerCache(
+                    policy,
+                    layer_idx=sum(isinstance(layer, LayerCache) for layer in layers),
+                    num_layers=sum(ours),
+                    reading=self.reading,
+                    meter=self.meter,
+                    rope_of=partial(rope_of, self.config, kind),
+                )
+            )
+        return layers
+
+    def __repr__(self) -> str:
+        return f"KVCache(recipe={str(self.recipe)!r}, layers={len(self.layers)}, tokens={self.seen_tokens})"
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hands new keys and values to a layer; a layer of ours returns itself for the attention function."""
+        if self.config._attn_implementation != NAME and isinstance(self.layers[layer_idx], LayerCache):
+            raise ModelError(
+                f"steno's cache needs steno's attention; the model uses {self.config._attn_implementation!r}: "
+                'call model.set_attn_implementation("steno").'
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def own_layers(self) -> list[LayerCache]:
+        """The layers that follow the recipe."""
+        return [layer for layer in self.layers if isinstance(layer, LayerCache)]
+
+    @property
+    def seen_tokens(self) -> int:
+        """The logical length: tokens seen, padding included."""
+        return self.get_seq_length()
+
+    def fork(self) -> KVCache:
+        """A cache that shares everything held and goes its own way; costs the copy of the tails."""
+        if len(self.own_layers) != len(self.layers) and self.seen_tokens:
+            raise CacheError("fork is not supported for models that mix full attention with other layers.")
+        twin = KVCache(self.config, self.recipe)
+        twin.layers = [layer.fork(twin.reading, twin.meter) for layer in self.own_layers]
+        return twin
+
+    def compress(self, replay_mass: list[Tensor] | None = None) -> None:
+        """Ends the reading of the prompt now, layer by layer. replay_mass: `[Hkv, S]` per layer, for methods that replay."""
+        for i, layer in enumerate(self.own_layers):
+            if layer.content is None and layer.row_seen:
+                layer.compress(replay_mass[i] if replay_mass is not None else None)
+
+    # accounting
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held now: distinct storages of every tensor reachable from the cache."""
+        for layer in self.own_layers:
+            layer.measure()
+        return held_bytes(list(self.layers))
+
+    @property
+    def kv_bytes_peak(self) -> int:
+        """The most bytes that the layers under the recipe ever held, the dense layer in work included."""
+        return max(self.meter.peak_bytes, self.meter.held_bytes)
+
+    @property
+    def kv_bytes_full(self) -> int:
+        """What a dense cache of the same tokens would hold in the model's dtype, padding excluded."""
+        total = 0
+        for layer in self.own_layers:
+            total += sum(layer.row_seen) * layer.token_bytes
+        return total + held_bytes([layer for layer in self.layers if not isinstance(layer, LayerCache)])
+
+    def held_tokens(self) -> list[list[list[int]]]:
+        """Held tokens `[L][B][Hkv]` of the layers under the recipe."""
+        return [layer.held_tokens() for layer in self.own_layers]
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if an invariant of any layer does not hold."""
+        for layer in self.own_layers:
+            layer.check_integrity()

@@ -1,0 +1,142 @@
+"""A recipe as the cache runs it: score, allocate, select, merge; and what the pages and later steps look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from steno.cache.policy import Evictor, PageSelector, Selection
+from steno.errors import BudgetError
+from steno.kernels.attention.table import Column
+from steno.kernels.quant import page_bytes
+from steno.methods import Evict, Uniform
+from steno.recipe import WHOLE, Recipe
+from steno.types import PAGE_TOKENS, LayerKV, Need, Observation, PageFormat
+
+DENSE_RESIDUAL_TOKENS = 64
+"""Without a quantize stage the tail becomes a dense segment when it holds this many tokens."""
+
+
+@final
+@dataclass(frozen=True)
+class RecipePolicy:
+    """What `recipe` asks of every layer."""
+
+    recipe: Recipe
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.recipe.needs
+
+    @property
+    def query_window(self) -> int:
+        return self.recipe.score.query_window if self.recipe.score is not None else 0
+
+    @property
+    def query_statistics_skip(self) -> int:
+        return self.recipe.score.query_statistics_skip if self.recipe.score is not None else 0
+
+    @property
+    def page_format(self) -> PageFormat | None:
+        return self.recipe.quantize.page_format if self.recipe.quantize is not None else None
+
+    @property
+    def residual_tokens(self) -> int:
+        return self.recipe.quantize.residual_tokens if self.recipe.quantize is not None else DENSE_RESIDUAL_TOKENS
+
+    @cached_property
+    def evictor(self) -> Evictor | None:
+        """The method that keeps the budget while decoding; a budget of 100% is never over."""
+        return self.recipe.evictor if self.recipe.budget != WHOLE else None
+
+    @property
+    def selector(self) -> PageSelector | None:
+        access = self.recipe.access
+        return access if access is not None and not access.reads_all else None
+
+    def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
+        """Tokens per KV head that a sequence may keep; raises BudgetError if that is less than the method protects."""
+        budget, num_tokens = self.recipe.budget, kv.num_tokens
+        if budget.tokens is not None:
+            tokens = budget.tokens
+        elif budget.share is not None:
+            tokens = int(num_tokens * budget.share)
+        else:
+            tokens = self._tokens_in_bytes(kv, num_layers)
+        self.check_budget(tokens, num_tokens)
+        return tokens if self.evictor is not None else min(tokens, num_tokens)
+
+    def check_budget(self, tokens: int, num_tokens: int) -> None:
+        """Raises BudgetError if `tokens` cannot hold what the scorer protects of a prompt of `num_tokens`."""
+        score = self.recipe.score
+        least = max(1, score.min_tokens) if score is not None else 1
+        if tokens < min(least, num_tokens):
+            name = score.id if score is not None else "a cache"
+            raise BudgetError(
+                f"a budget of {self.recipe.budget} is {tokens} of {num_tokens} tokens per KV head, but {name} always keeps "
+                f"{least} (sinks and window): raise the budget or lower the method's window."
+            )
+
+    def _tokens_in_bytes(self, kv: LayerKV, num_layers: int) -> int:
+        """The most tokens per head whose layer surely fits its share of a budget in bytes."""
+        heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
+        layer_bytes = (self.recipe.budget.bytes or 0) // num_layers
+        dense = 2 * dim * size  # one token of one head
+        if self.selector is not None:
+            dense += -(-2 * dim * size // PAGE_TOKENS)  # its share of the page's key bounds
+        fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
+        room = layer_bytes - fixed
+        if self.page_format is None:
+            slots = 8 if self.evictor is not None else 0
+            tokens = room // (heads * (dense + slots)) - (1 if self.evictor is not None else 0)
+        else:
+            # the worst case: every head holds a dense remainder just below a page or a residual
+            remainder = max(PAGE_TOKENS, self.residual_tokens) - 1
+            per_page = page_bytes(self.page_format, dim) + (dense - 2 * dim * size) * PAGE_TOKENS
+            whole = room - heads * remainder * dense
+            if whole >= heads * per_page:
+                tokens = whole // (heads * per_page) * PAGE_TOKENS
+            else:
+                tokens = min(remainder, room // (heads * dense))
+        if tokens < 1 and kv.num_tokens:
+            raise BudgetError(
+                f"a budget of {self.recipe.budget} is {layer_bytes} bytes per layer, too little for one token per KV head: "
+                f"it must be at least {num_layers * (fixed + 2 * heads * (dense + 8))} bytes."
+            )
+        return tokens
+
+    def select(self, kv: LayerKV, observation: Observation) -> Selection:
+        """Which tokens stay; ties go to the earlier token."""
+        score = self.recipe.score
+        if score is None:
+            return Selection(kv=kv)
+        evictor, budget = self.recipe.evictor, observation.budget_tokens
+        state = None
+        if self.evictor is not None and evictor is not None:
+            state = evictor.prefill_state(kv, observation)
+        if budget >= kv.num_tokens:
+            return Selection(kv=kv, state=list(state) if state is not None else None)
+        if state is not None and evictor is not None:
+            positions = kv.positions.expand(kv.num_kv_heads, -1)
+            scores = evictor.priority(state, positions, budget)
+        else:
+            scores = score.score(kv, observation)  # [Hkv, S]
+        allocator = self.recipe.allocate or Uniform()
+        counts = allocator.allocate(
+            scores, budget_tokens=budget, layer_idx=observation.layer_idx, num_layers=observation.num_layers
+        )
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        kept = [order[h, :n].sort().values for h, n in enumerate(counts.tolist())]
+        merged = (self.recipe.merge or Evict()).merge(kv, _mask(kept, kv.num_tokens))
+        return Selection(kv=merged, kept=kept, state=[s[i] for s, i in zip(state, kept, strict=True)] if state is not None else None)
+
+
+def _mask(kept: list[Tensor], num_tokens: int) -> Tensor:
+    mask = torch.zeros(len(kept), num_tokens, dtype=torch.bool, device=kept[0].device)
+    for row, index in zip(mask, kept, strict=True):
+        row[index] = True
+    return mask

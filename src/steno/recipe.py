@@ -1,0 +1,316 @@
+"""Recipes: a chain of stages and one budget, and their text form, `snapkv(window=64) | adakv | kivi(bits=2) @ 20%`."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
+from typing import Any, Protocol, cast, final
+
+from steno.errors import BadArgument, BudgetError, RecipeError, nearest
+from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer
+from steno.methods.checks import shown
+from steno.types import Need
+
+MAX_CHARS = 1000
+_UNITS = {
+    unit.lower(): size
+    for unit, size in [("B", 1)]
+    + [(f"{prefix}B", 1000**power) for power, prefix in enumerate("kMGT", 1)]
+    + [(f"{prefix}iB", 1024**power) for power, prefix in enumerate("KMGT", 1)]
+}
+_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*(%|[A-Za-z]*)", re.ASCII)
+_EXAMPLES = "write tokens per KV head (`512`), a share of the prompt (`20%`) or bytes (`64MiB`)"
+
+
+class _Stage(Protocol):
+    """An instance of a method, seen as a dataclass."""
+
+    __dataclass_fields__: Any
+    id: Any
+    kind: Any
+    needs: Any
+
+
+def _share(value: object) -> Fraction:
+    """A share above 0 and at most 1, to 12 decimals."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Fraction) or math.isnan(value):
+        raise BudgetError(f"a share of the prompt must be a number; got share={shown(value)}.")
+    if not 0 < value <= 1:
+        raise BudgetError(f"a share of the prompt must be above 0% and not over 100%; got {float(value):.6%}.")
+    share = Fraction(round(Fraction(str(value)) * 10**12), 10**12)
+    if share == 0:
+        raise BudgetError(f"a share of the prompt must be above 0%; got share={shown(value)}.")
+    return share
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a sequence may keep; exactly one of the three is given.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens per KV head, on average.
+    share : Fraction or float
+        Share of the prompt, above 0 and at most 1; kept exactly to 12 decimals.
+    bytes : int
+        Bytes of the whole sequence, all layers.
+
+    Raises
+    ------
+    BudgetError
+        If not exactly one is given, or it is of another type or out of range.
+    """
+
+    tokens: int | None = None
+    share: Fraction | float | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        if len(given) != 1:
+            raise BudgetError(f"a budget is one of tokens, share and bytes; got {', '.join(given) or 'none'}.")
+        [(name, value)] = given.items()
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "share":
+            object.__setattr__(self, "share", _share(value))
+        elif not whole or not 0 < value < 2**63:
+            raise BudgetError(f"a budget in {name} must be a whole number > 0; got {name}={shown(value)}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget from its text form: `512`, `20%`, `64MiB`, `1.5GiB`, `800kB`."""
+        match = _NUMBER.fullmatch(text.strip()) if isinstance(text, str) else None
+        if match is None:
+            negative = isinstance(text, str) and text.strip().startswith("-")
+            raise BudgetError(f"a budget must be {'> 0' if negative else 'readable'}: {_EXAMPLES}; got {shown(text)}.")
+        number, unit = Fraction(match[1].rstrip(".")), match[2].lower()
+        if unit == "%":
+            return cls(share=number / 100)
+        if unit == "" and "." in match[1]:
+            raise BudgetError(f"never a bare ratio: write 20% or a number of tokens; got {shown(text)}.")
+        if unit == "":
+            return cls(tokens=int(number))
+        if unit not in _UNITS:
+            raise BudgetError(f"unknown unit {shown(match[2])} of a budget: {_EXAMPLES}.")
+        return cls(bytes=int(number * _UNITS[unit]))
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return str(self.tokens)
+        if self.bytes is not None:
+            size, unit = max((size, unit) for unit, size in _UNITS.items() if self.bytes % size == 0)
+            return f"{self.bytes // size}{_spelled(unit)}"
+        percent = cast(Fraction, self.share) * 100
+        digits = f"{percent.numerator * 10**10 // percent.denominator:011d}"
+        return f"{digits[:-10]}.{digits[-10:]}".rstrip("0").rstrip(".") + "%"
+
+
+WHOLE = Budget(share=Fraction(1))
+"""The budget that drops nothing."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """At most one method of each kind, and the budget; a kind that is None takes its default.
+
+    Raises
+    ------
+    RecipeError
+        If a method stands in a place of another kind, or the parts cannot work together.
+    """
+
+    score: Scorer | None = None
+    allocate: Allocator | None = None
+    merge: Merger | None = None
+    quantize: Quantizer | None = None
+    access: Access | None = None
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise RecipeError(f"`budget` must be a Budget; got budget={shown(self.budget)}.")
+        for kind in KINDS:
+            stage = getattr(self, kind, None)
+            if stage is not None and not any(type(stage) is cls and cls.kind == kind for cls in METHODS.values()):
+                raise RecipeError(f"`{kind}` must be a method of that kind; got {kind}={shown(stage)}.")
+        self._check_score()
+
+    def _check_score(self) -> None:
+        if self.score is None:
+            for stage in (self.allocate, self.merge):
+                if stage is not None:
+                    raise RecipeError(
+                        f"{stage.id} needs a method that chooses tokens: e.g. `snapkv | {stage.id} @ 25%`."
+                    )
+            if self.budget != WHOLE:
+                raise BudgetError(
+                    f"a budget of {self.budget} needs a method that chooses tokens: e.g. `snapkv @ {self.budget}`."
+                )
+        elif self.score.evicts_while_decoding and self.quantize is not None:
+            raise RecipeError(
+                f"{self.score.id} evicts single tokens at every step and pages are encoded only once: use it without "
+                f"{self.quantize.id}, or choose a one-shot scorer such as snapkv."
+            )
+
+    @property
+    def stages(self) -> tuple[_Stage, ...]:
+        """The methods that are given, in order."""
+        found = (getattr(self, kind, None) for kind in KINDS)
+        return tuple(cast(_Stage, stage) for stage in found if stage is not None)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the host has to gather."""
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    @property
+    def evictor(self) -> Evictor | None:
+        """The scorer, if it goes on choosing while decoding."""
+        return cast(Evictor, self.score) if self.score is not None and self.score.evicts_while_decoding else None
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return "full"
+        chain = " | ".join(_stage_text(stage) for stage in self.stages)
+        return chain if self.score is None else f"{chain} @ {self.budget}"
+
+
+FULL = Recipe(budget=WHOLE)
+"""The empty recipe: nothing is dropped, nothing is coded."""
+
+
+def as_recipe(recipe: Recipe | str | None) -> Recipe:
+    """A recipe from itself, its text, or None for the empty one."""
+    if recipe is None:
+        return FULL
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        return parse_recipe(recipe)
+    raise RecipeError(f"a recipe is text, a Recipe or None; got {shown(recipe)}.")
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A recipe from its text form.
+
+    Raises
+    ------
+    RecipeError
+        If the text cannot be read, names no method or argument of ours, or its parts cannot work together.
+    """
+    if not isinstance(text, str) or len(text) > MAX_CHARS:
+        raise RecipeError(f"a recipe must be text of at most {MAX_CHARS} characters; got {shown(text)}.")
+    chain, at, budget_text = text.rpartition("@")
+    if not at:
+        chain = text
+    if "@" in chain:
+        raise RecipeError(f"a recipe has one budget, after one `@`; got {shown(text)}.")
+    budget = Budget.parse(budget_text.strip()) if at else None
+    if chain.strip() == "full":
+        return Recipe(budget=budget or WHOLE)
+    stages = [_build(node) for node in _nodes(chain)]
+    by_kind = _in_order(stages)
+    if "score" in by_kind and budget is None:
+        name = by_kind["score"].id
+        raise BudgetError(f"{name} chooses tokens, so the recipe needs a budget: e.g. `{name} @ 25%`.")
+    return Recipe(budget=budget or WHOLE, **cast(dict[str, Any], by_kind))
+
+
+def _nodes(chain: str) -> list[ast.expr]:
+    """The stages of `a | b | c` as syntax."""
+    if not chain.strip():
+        raise RecipeError("a recipe needs a stage: name a method, or write `full` for the whole cache.")
+    try:
+        node = ast.parse(chain.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        if any(not part.strip() for part in chain.split("|")):
+            raise RecipeError(f"a recipe must not have an empty stage; got {shown(chain)}.") from None
+        reason = " ".join(str(error.msg if isinstance(error, SyntaxError) else "invalid text").split())
+        raise RecipeError(f"a recipe must read `stage | stage @ budget`; got {shown(chain)} ({reason}).") from None
+    nodes = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        nodes.append(node.right)
+        node = node.left
+    return [node, *reversed(nodes)]
+
+
+def _build(node: ast.expr) -> _Stage:
+    """The method that `name` or `name(argument=literal, …)` stands for."""
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(call.func, ast.Name):
+        raise RecipeError("a stage must be `name` or `name(argument=value)`; got an expression.")
+    name = call.func.id
+    if name == "full":
+        raise RecipeError("`full` is the whole cache and stands alone.")
+    if name not in METHODS:
+        raise RecipeError(f"unknown method {shown(name)}; {nearest(name.lower(), METHODS)}")
+    try:
+        return cast(_Stage, METHODS[name](**_arguments(name, call)))
+    except RecipeError:
+        raise
+    except BadArgument as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def _arguments(name: str, call: ast.Call) -> dict[str, Any]:
+    """The keyword arguments of a stage; literals only."""
+    defaults = {f.name: f.default for f in fields(cast(Any, METHODS[name]))}
+    if (call.args or call.keywords) and not defaults:
+        raise RecipeError(f"{name} takes no arguments: write `{name}`.")
+    if call.args:
+        first, default = next(iter(defaults.items()))
+        raise RecipeError(f"{name} takes its arguments by name: e.g. `{name}({first}={default!r})`.")
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg not in defaults:
+            got = "`**`" if keyword.arg is None else shown(keyword.arg)
+            raise RecipeError(f"{name} has no argument {got}; {nearest(keyword.arg or '', defaults)}")
+        if keyword.arg in values:
+            raise RecipeError(f"{name}: `{keyword.arg}` is given twice.")
+        values[keyword.arg] = _literal(name, keyword.arg, keyword.value)
+    return values
+
+
+def _literal(name: str, argument: str, node: ast.expr) -> object:
+    """A number, a string, True, False or None, with a sign before numbers."""
+    sign = -1 if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        node = node.operand
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return sign * cast(float, node.value)
+    elif isinstance(node, ast.Constant):
+        return node.value
+    raise RecipeError(f"{name}: `{argument}` must be a literal: a number, a string, True or False.")
+
+
+def _in_order(stages: list[_Stage]) -> dict[str, _Stage]:
+    """The stages by kind, or an error if a kind comes twice or the order is not that of KINDS."""
+    by_kind: dict[str, _Stage] = {}
+    for stage in stages:
+        if stage.kind in by_kind:
+            twice = f"{by_kind[stage.kind].id} and {stage.id}"
+            raise RecipeError(f"a recipe has at most one {stage.kind} stage; got {twice}.")
+        by_kind[stage.kind] = stage
+    right = sorted(stages, key=lambda stage: KINDS.index(stage.kind))
+    if stages != right:
+        order = " | ".join(stage.id for stage in right)
+        raise RecipeError(f"stages go {', '.join(KINDS)}: write `{order}`.")
+    return by_kind
+
+
+def _stage_text(stage: _Stage) -> str:
+    """`name` or `name(argument=value)`, default values left out."""
+    values = [(f.name, getattr(stage, f.name), f.default) for f in fields(cast(Any, stage))]
+    given = [f"{name}={value!r}" for name, value, default in values if default is MISSING or value != default]
+    return f"{stage.id}({', '.join(given)})" if given else str(stage.id)
+
+
+def _spelled(unit: str) -> str:
+    """The usual spelling of a unit: B, kB, MB, KiB, MiB."""
+    return unit.upper().replace("IB", "iB") if unit != "kb" else "kB"

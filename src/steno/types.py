@@ -1,0 +1,102 @@
+"""Frozen data that the rooms hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 64
+"""Tokens of one KV head of one layer in one page."""
+
+
+class Need(Enum):
+    """What a method must see beside keys, values and positions. The host gathers it while the prompt is read."""
+
+    QUERIES = auto()
+    """The last `query_window` queries, post-RoPE."""
+    QUERY_STATISTICS = auto()
+    """Mean and covariance of the pre-RoPE queries."""
+    ATTENTION_MASS = auto()
+    """The attention that each token received, summed over the queries of the prompt; gathered block by block."""
+    REPLAY = auto()
+    """The largest attention that each token receives while the model repeats the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """One sequence of one layer. Methods never see a batch or padding.
+
+    keys, values: `[Hkv, S, D]`, keys post-RoPE; positions: `[S]` int64, the true positions, ascending.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotary embedding of a layer, half-split convention (`rotate_half` of Llama).
+
+    inv_freq: `[R/2]` fp32 with R the rotated dimensions (R < D under partial rotation); attention_scaling: factor on cos and sin.
+    """
+
+    inv_freq: Tensor
+    attention_scaling: float = 1.0
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[N, R]` fp32 at `positions` `[N]`."""
+        angles = positions.to(torch.float32)[:, None] * self.inv_freq[None, :]  # [N, R/2]
+        angles = torch.cat([angles, angles], dim=-1)  # [N, R]
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What the host saw of one layer while the prompt was read; a field is None unless the method declares its need.
+
+    queries: `[H, W, D]`, the last W queries post-RoPE (W = min(query_window, S)).
+    query_mean `[H, D]`, query_cov `[H, D, D]` fp32: of pre-RoPE queries, biased covariance.
+    attention_mass: `[H, S]` fp32, column sums of the softmax over all queries of the prompt.
+    replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
+    budget_tokens: what the layer may keep, tokens per KV head on average.
+    """
+
+    layer_idx: int
+    num_layers: int
+    scaling: float
+    budget_tokens: int
+    rope: Rope | None = None
+    queries: Tensor | None = None
+    query_mean: Tensor | None = None
+    query_cov: Tensor | None = None
+    attention_mass: Tensor | None = None
+    replay_mass: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageFormat:
+    """How a quantized page stores its 64 tokens: unsigned codes with an fp16 scale and minimum per group.
+
+    bits: 8, 4 or 2. key_group: tokens of one channel that share a scale (keys are grouped along time, per channel).
+    value_group: channels of one token that share a scale (values are grouped along channels, per token).
+    """
+
+    bits: int
+    key_group: int = 64
+    value_group: int = 64
