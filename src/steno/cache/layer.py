@@ -24,8 +24,8 @@ from steno.types import LayerKV, Need, Rope
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
 
-ReplayObserver = Callable[[int, Tensor, LayerKV, Tensor], None]
-"""Called with (layer_idx, queries [H, T, D], the prompt, own keys [Hkv, T, D])."""
+ReplayObserver = Callable[[int, Tensor, LayerKV, Tensor, float, float | None], None]
+"""Called with (layer_idx, queries [H, T, D], the prompt, own keys [Hkv, T, D], scale, softcap)."""
 
 
 @dataclass(kw_only=True)
@@ -34,10 +34,12 @@ class Reading:
 
     prompt_tokens: length at which the prompt is complete; None: after the first forward pass. replay: set while the
     context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
+    on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays.
     """
 
     prompt_tokens: int | None = None
     replay: ReplayObserver | None = None
+    on_layer: Callable[[int, int], None] | None = None
 
 
 class LayerCache(CacheLayerMixin):
@@ -192,7 +194,9 @@ class LayerCache(CacheLayerMixin):
             raise CacheError("attend must follow update; this layer got no new keys and values.")
         (k, v), self._pending = self._pending, None
         if self.reading.replay is not None:
-            return self._replay(self.reading.replay, q, k, v, scale, softcap, sinks)
+            out = self._replay(self.reading.replay, q, k, v, scale, softcap, sinks)
+            self._report_progress()
+            return out
         if not self.row_seen:
             self.row_seen = [0] * q.shape[0]
         num_new = q.shape[2]
@@ -209,7 +213,12 @@ class LayerCache(CacheLayerMixin):
         elif self.content is None:
             self._prompt = [(owned(pk), owned(pv)) for pk, pv in self._prompt]
             self.measure()
+        self._report_progress()
         return out
+
+    def _report_progress(self) -> None:
+        if self.reading.on_layer is not None:
+            self.reading.on_layer(self.layer_idx + 1, self.num_layers)
 
     def _prompt_is_complete(self) -> bool:
         return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
@@ -314,7 +323,7 @@ class LayerCache(CacheLayerMixin):
             raise CacheError(f"a replay needs one row whose prompt is still dense; the cache has {len(self._prompt)}.")
         keys, values = self._prompt[0]
         kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
-        observer(self.layer_idx, q[0], kv, k[0])
+        observer(self.layer_idx, q[0], kv, k[0], scale, softcap)
         all_keys, all_values = torch.cat([keys, k[0]], dim=1), torch.cat([values, v[0]], dim=1)
         self.meter.touch(2 * k.numel() * k.element_size())
         return causal_attention(q, all_keys[None], all_values[None], scale=scale, softcap=softcap, sinks=sinks)

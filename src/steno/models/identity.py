@@ -16,9 +16,9 @@ _SAMPLES = 64
 def model_hash(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits that identify the config and the weights of `model`.
 
-    Hashed are the config's fields that differ from the defaults (without version, dtype and path), and of every parameter its
-    name, its shape and 64 values at even distances, as float32. So the hash costs milliseconds, does not depend on where
-    the model came from, and is the same whether a bfloat16 checkpoint is loaded as bfloat16 or float32. It tells
+    Hashed are the config's fields that differ from the defaults (but version, dtype and path), and of every parameter
+    its name, its shape and 64 values at even distances, as float32. So the hash costs milliseconds, does not depend on
+    where the model came from, and is the same whether a bfloat16 checkpoint is loaded as bfloat16 or float32. It tells
     checkpoints apart; it does not protect against a deliberate change of single weights.
     """
     config = {key: value for key, value in model.config.to_diff_dict().items() if not _VOLATILE.fullmatch(key)}

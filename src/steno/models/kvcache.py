@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from steno.cache.accounting import Meter, held_bytes
-from steno.cache.layer import LayerCache, Reading
-from steno.errors import BadArgument, CacheError, ModelError
+from steno.cache.layer import LayerCache, Reading, ReplayObserver
+from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME
 from steno.models.rope import rope_of
 from steno.pipeline import RecipePolicy
@@ -99,11 +102,24 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A cache that shares everything held and goes its own way; costs the copy of the tails."""
-        if len(self.own_layers) != len(self.layers) and self.seen_tokens:
-            raise CacheError("fork is not supported for models that mix full attention with other layers.")
         twin = KVCache(self.config, self.recipe)
-        twin.layers = [layer.fork(twin.reading, twin.meter) for layer in self.own_layers]
+        twin.layers = [
+            layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
         return twin
+
+    @contextmanager
+    def replaying(self, observer: ReplayObserver) -> Iterator[None]:
+        """Within it a forward pass is attended and observed, and leaves the cache as it was."""
+        others = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, LayerCache)}
+        self.reading.replay = observer
+        try:
+            yield
+        finally:
+            self.reading.replay = None
+            for i, layer in others.items():
+                self.layers[i] = layer
 
     def compress(self, replay_mass: list[Tensor] | None = None) -> None:
         """Ends the reading of the prompt now, layer by layer. replay_mass: `[Hkv, S]` per layer, for methods that replay."""

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -91,6 +92,8 @@ def load_model(
     wanted = _parse_dtype(dtype)
     place = _parse_device(device)
     location, name = _resolve(source, cache_dir or default_cache_dir(), notify)
+    if isinstance(location, str):
+        notify(f"looking for {name} in the Hugging Face cache and on the hub")
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(location)
@@ -98,7 +101,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 location, config=config, dtype=wanted or default_dtype(config, place)
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise _load_error(location, name, error) from error
     check_hostable(model)
     model.requires_grad_(False).eval().to(place)
@@ -116,12 +119,12 @@ def load_model(
 def default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype to compute in when the caller names none.
 
-    On CUDA and on a CPU with bfloat16 instructions the checkpoint's own; on any other CPU float32, because bfloat16 and
-    float16 are emulated there. float16 checkpoints run as bfloat16 on a CPU, where float16 is rarely native.
+    On CUDA bfloat16. On a CPU with bfloat16 instructions the checkpoint's own, but bfloat16 for a float16 one; on any
+    other CPU float32, because 16-bit arithmetic is emulated there and slower than float32.
     """
     checkpoint = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if device.type != "cpu":
-        return checkpoint
+        return torch.bfloat16
     if checkpoint == torch.float32 or not cpu_has_bfloat16():
         return torch.float32
     return torch.bfloat16
@@ -141,6 +144,7 @@ def check_hostable(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    causal = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
     if model.config.is_encoder_decoder:
         reason = "is an encoder-decoder"
     elif model._is_stateful:
@@ -149,7 +153,7 @@ def check_hostable(model: PreTrainedModel) -> None:
         reason = f"has layers of the kind {', '.join(sorted(kinds))}"
     elif not model._supports_attention_backend:
         reason = "does not call its attention through transformers' attention registry"
-    elif not model.can_generate() or any(getattr(part, "is_causal", True) is False for part in model.modules()):
+    elif not model.can_generate() or causal == {False}:
         reason = "is not a causal language model"
     else:
         return
@@ -167,7 +171,7 @@ def _resolve(source: str | Path, cache_dir: Path, notify: Notify) -> tuple[str |
     if str(source) and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"{path} holds no config.json; give the folder that `save_pretrained` wrote, or a .gguf file."
+                f"{path} holds no config.json; give a folder that `save_pretrained` wrote, or a .gguf file."
             )
         return path, path.resolve().name
     if path.is_file():
@@ -210,11 +214,9 @@ def _parse_device(device: str | None) -> torch.device:
 
 
 def _load_error(location: str | Path, name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if isinstance(location, Path):
-        return ModelError(
-            f"cannot load {location}: {reason}; check that its files are whole and of a causal language model."
-        )
+        return ModelError(f"cannot load {location}: {reason}; give the whole folder of a decoder-only language model.")
     missing = _hub_problem(error)
     return ModelError(f"cannot load {name!r} from the Hugging Face hub: {missing or reason}.")
 
@@ -227,6 +229,6 @@ def _hub_problem(error: BaseException | None) -> str | None:
         if isinstance(error, RepositoryNotFoundError):
             return "there is no such model; check the spelling, or log in if it is private"
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            return "it is not in the local cache and the hub cannot be reached; connect to the network or give a local folder"
+            return "it is not in the local cache and the hub cannot be reached; connect to the network or give a folder"
         error = error.__cause__ or error.__context__
     return None

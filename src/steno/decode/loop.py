@@ -1,0 +1,90 @@
+"""The one loop of all decoders: propose, forward, accept, commit, roll back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from steno.decode.sampler import Sampler
+
+Proposer = Callable[[Sequence[int]], list[int]]
+"""Called with all tokens so far; returns draft tokens for the next positions, maybe none."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward pass committed.
+
+    token_ids: one token or more. text: what they add to the answer, empty while a character is incomplete.
+    logprobs: `[n, V]` log-probabilities behind each token, before any filter of the sampler; None unless asked for.
+    num_draft_tokens: how many tokens were proposed; nfe: forward passes so far in this answer.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str = ""
+    logprobs: Tensor | None = None
+    num_draft_tokens: int = 0
+    nfe: int = 1
+
+
+def propose_nothing(history: Sequence[int]) -> list[int]:
+    """The proposer of plain decoding."""
+    return []
+
+
+def decode_steps(
+    model: Any,
+    cache: Any,
+    new_tokens: Sequence[int],
+    *,
+    history: Sequence[int] = (),
+    sampler: Sampler,
+    max_new_tokens: int,
+    end_tokens: frozenset[int] = frozenset(),
+    proposer: Proposer = propose_nothing,
+    keep_logprobs: bool = False,
+) -> Iterator[Step]:
+    """Decodes after `new_tokens`, which enter the cache with the first pass. Mutates the cache.
+
+    A draft token is accepted where the sampler draws the same token, so the result is that of plain decoding whatever the
+    proposer is. An end token is committed and ends the loop. Closing the generator leaves the cache consistent.
+    """
+    tokens = list(history) + list(new_tokens)
+    pending, drafts = list(new_tokens), list[int]()
+    made = nfe = 0
+    while made < max_new_tokens:
+        inputs = torch.tensor([pending + drafts], dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            logits = model(
+                inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(drafts) + 1
+            ).logits[0]  # [K + 1, V]
+        nfe += 1
+        accepted = _accept(logits, drafts, tokens, sampler, end_tokens, max_new_tokens - made)
+        rejected = len(drafts) - (len(accepted) - 1)
+        if rejected:
+            cache.crop(-rejected)
+        made += len(accepted)
+        logprobs = logits[: len(accepted)].float().log_softmax(-1) if keep_logprobs else None
+        yield Step(token_ids=tuple(accepted), logprobs=logprobs, num_draft_tokens=len(drafts), nfe=nfe)
+        if accepted[-1] in end_tokens:
+            return
+        pending, drafts = [accepted[-1]], proposer(tokens)
+
+
+def _accept(
+    logits: Tensor, drafts: list[int], tokens: list[int], sampler: Sampler, end_tokens: frozenset[int], limit: int
+) -> list[int]:
+    """Draws position by position as long as the draft is what is drawn; appends to `tokens`."""
+    accepted = []
+    for i in range(min(len(drafts) + 1, limit)):
+        token = sampler(logits[i], tokens)
+        accepted.append(token)
+        tokens.append(token)
+        if token in end_tokens or i == len(drafts) or token != drafts[i]:
+            break
+    return accepted

@@ -1,0 +1,51 @@
+"""From tokens to text while they come: incomplete characters wait, and stop strings end the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from steno.decode.loop import Step
+
+Detokenize = Callable[[Sequence[int]], str]
+
+
+def with_text(
+    steps: Iterable[Step], detokenize: Detokenize, *, end_tokens: frozenset[int], stop: Sequence[str] = ()
+) -> Iterator[Step]:
+    """Adds to each step the text it completes; ends before the first stop string.
+
+    Text that may still become a stop string is held back until it is decided. A replacement character at the end is the
+    sign of an incomplete one.
+    """
+    ids: list[int] = []
+    shown = 0
+    for step in steps:
+        ids += [t for t in step.token_ids if t not in end_tokens]
+        text = detokenize(ids)
+        ended = any(t in end_tokens for t in step.token_ids)
+        found = min((i for i in (text.find(s) for s in stop) if i >= 0), default=-1)
+        if found >= 0:
+            yield replace(step, text=text[shown:found] if found > shown else "")
+            return
+        ready = len(text) if ended else _ready(text, stop)
+        ready = max(ready, shown)
+        yield replace(step, text=text[shown:ready])
+        shown = ready
+    # a limit on tokens may have come while text was held back
+    rest = detokenize(ids)[shown:]
+    if rest:
+        yield Step(token_ids=(), text=rest, nfe=0)
+
+
+def _ready(text: str, stop: Sequence[str]) -> int:
+    """How much of `text` can be shown for good."""
+    if text.endswith("\ufffd"):
+        return len(text.rstrip("\ufffd"))
+    held = 0
+    for s in stop:
+        for n in range(min(len(s) - 1, len(text)), held, -1):
+            if text.endswith(s[:n]):
+                held = n
+                break
+    return len(text) - held

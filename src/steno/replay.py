@@ -1,0 +1,92 @@
+"""The replay of KVzip: the model repeats its context, and every layer notes which tokens it looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steno.errors import PromptError
+from steno.methods.score.kvzip import FIRST_PROMPT, NEXT_PROMPT, KVzip, reconstruction_mass
+from steno.models.kvcache import KVCache
+from steno.types import LayerKV
+
+MIN_CHUNK_TOKENS = 256
+
+
+def replay_context(
+    model: Any,
+    cache: KVCache,
+    tokens: Sequence[int],
+    *,
+    num_prefix_tokens: int,
+    method: KVzip,
+    tokenizer: Any,
+    after: str,
+    max_positions: int | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Scores `[Hkv, S]` fp32 per layer under the recipe, the first `num_prefix_tokens` (system prompt) +inf.
+
+    tokens: the S tokens that the cache holds, dense. after: what ends the user's turn and begins the assistant's.
+    progress: called with (passes done, passes in all). The cache is left as it was.
+    """
+    context = list(tokens[num_prefix_tokens:])
+    size = _chunk_size(len(tokens), method, max_positions)
+    chunks = [(a, min(a + size, len(context))) for a in range(0, len(context), size)]
+    masses: list[Tensor | None] = [None] * len(cache.own_layers)
+
+    for done, (a, b) in enumerate(chunks):
+        prompt = FIRST_PROMPT if a == 0 else NEXT_PROMPT
+        request = tokenizer.encode(prompt, add_special_tokens=False)
+        request += context[max(0, a - method.postfix_tokens) : a]
+        request += tokenizer.encode(after, add_special_tokens=False)
+        first, last = num_prefix_tokens + a, num_prefix_tokens + b
+
+        def observe(
+            layer_idx: int,
+            queries: Tensor,
+            kv: LayerKV,
+            own_keys: Tensor,
+            scale: float,
+            softcap: float | None,
+            first: int = first,
+            last: int = last,
+        ) -> None:
+            mass = reconstruction_mass(
+                queries,
+                kv.keys[:, first:last],
+                kv.keys[:, :num_prefix_tokens],
+                own_keys,
+                scaling=scale,
+                softcap=softcap,
+            )
+            whole = masses[layer_idx]
+            if whole is None:
+                whole = masses[layer_idx] = mass.new_zeros(mass.shape[0], kv.num_tokens)
+                whole[:, :num_prefix_tokens] = torch.inf
+            whole[:, first:last] = mass
+
+        inputs = torch.tensor([request + context[a:b]], dtype=torch.long, device=model.device)
+        with cache.replaying(observe), torch.inference_mode():
+            model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if progress is not None:
+            progress(done + 1, len(chunks))
+    return [mass for mass in masses if mass is not None]
+
+
+def _chunk_size(num_tokens: int, method: KVzip, max_positions: int | None) -> int:
+    """Tokens per pass: the method's, or less where the model's positions end."""
+    if max_positions is None:
+        return method.chunk_tokens
+    overhead = 64 + method.postfix_tokens
+    room = max_positions - num_tokens - overhead
+    if room < min(MIN_CHUNK_TOKENS, method.chunk_tokens, num_tokens):
+        raise PromptError(
+            f"kvzip replays the context after itself and needs at least {MIN_CHUNK_TOKENS + overhead} free positions; the "
+            f"prompt of {num_tokens} tokens leaves {max_positions - num_tokens} of {max_positions}: shorten it or use "
+            "another scorer."
+        )
+    return min(method.chunk_tokens, room)

@@ -1,0 +1,252 @@
+"""What a user touches: load a model, read a document into a compressed cache, ask as often as you like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from steno.decode.loop import Step, decode_steps
+from steno.decode.sampler import GREEDY, Sampling
+from steno.decode.text import with_text
+from steno.errors import PromptError
+from steno.methods import KVzip
+from steno.models.host import NAME
+from steno.models.kvcache import KVCache
+from steno.models.load import DEFAULT_MODEL, LoadedModel, load_model
+from steno.pipeline import RecipePolicy
+from steno.prompt import Template
+from steno.recipe import Recipe, as_recipe
+from steno.replay import replay_context
+from steno.types import Need
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+
+def load(source: str | Path = DEFAULT_MODEL, **options: Any) -> LanguageModel:
+    """Loads the embedded default, a Hugging Face id, a local folder or a GGUF file; options as in `load_model`."""
+    return LanguageModel(load_model(source, **options))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReadReport:
+    """What reading a document cost. Bytes are measured on what is held; seconds are wall time."""
+
+    model: str
+    recipe: str
+    prompt_tokens: int
+    held_tokens_mean: float
+    kv_bytes_full: int
+    kv_bytes: int
+    kv_bytes_peak: int
+    prefill_s: float
+    compress_s: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        ratio = self.kv_bytes_full / self.kv_bytes if self.kv_bytes else float("nan")
+        lines = [
+            f"{self.prompt_tokens} tokens read by {self.model} in {self.prefill_s + self.compress_s:.2f} s with `{self.recipe}`",
+            f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full ({ratio:.1f} times), "
+            f"{self.kv_bytes_peak / 1e6:.2f} MB peak; {self.held_tokens_mean:.0f} tokens per head",
+        ]
+        return "\n".join(lines + ([self.note] if self.note else []))
+
+
+class LanguageModel:
+    """A model under steno's attention, its tokenizer, and how it is prompted."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
+        self.model.set_attn_implementation(NAME)
+        self.template = Template.of(self.tokenizer)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ids = [self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id]
+        flat = [i for x in ids for i in (x if isinstance(x, list) else [x])]
+        return frozenset(i for i in flat if i is not None)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of text, special tokens in it recognised, none added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def prompt_tokens(self, document: str) -> tuple[list[int], int]:
+        """Tokens of the prompt up to the end of the document, and how many stand before the document.
+
+        The document is tokenized apart, so that it cannot contain the template's control tokens by accident.
+        """
+        prefix = self.tokenize(self.template.before)
+        body = self.tokenizer.encode(document, add_special_tokens=False, split_special_tokens=True)
+        return prefix + list(body), len(prefix)
+
+    def read(
+        self, text: str, recipe: Recipe | str | None = None, *, reserve_tokens: int = 0, progress: Progress | None = None
+    ) -> Context:
+        """Reads a document into a cache under `recipe`.
+
+        Parameters
+        ----------
+        text : str
+            The document; questions about it come later, and compression does not see them.
+        recipe : Recipe, str or None
+            E.g. `"kvzip | adakv | kivi(bits=4) @ 40%"`; None keeps everything.
+        reserve_tokens : int
+            Positions to leave free for questions and answers.
+        progress : callable or None
+            Called while the document is read.
+
+        Raises
+        ------
+        PromptError
+            If the document is empty or longer than the model's positions.
+        RecipeError
+            If the recipe cannot be parsed, or its budget cannot hold.
+        """
+        parsed = as_recipe(recipe)
+        if not text.strip():
+            raise PromptError("the document is empty; give it some text to read.")
+        tokens, num_prefix = self.prompt_tokens(text)
+        self.check_length(len(tokens), reserve_tokens)
+        note = _check_budget(parsed, len(tokens))
+        cache = KVCache(self.model.config, parsed)
+        started = time.perf_counter()
+        self._prefill(cache, tokens, progress)
+        prefilled = time.perf_counter()
+        if Need.REPLAY in parsed.needs:
+            self._replay(cache, tokens, num_prefix, parsed, progress)
+        done = time.perf_counter()
+        return Context(self, cache, tokens, prefill_s=prefilled - started, compress_s=done - prefilled, note=note)
+
+    def check_length(self, num_tokens: int, reserve_tokens: int) -> None:
+        """Raises PromptError if that many tokens and the reserve do not fit the model's positions."""
+        positions = self.loaded.max_positions
+        if positions is not None and num_tokens + reserve_tokens > positions:
+            over = num_tokens + reserve_tokens - positions
+            raise PromptError(
+                f"the prompt has {num_tokens} tokens and {reserve_tokens} are kept for question and answer, {over} more than "
+                f"the {positions} positions of {self.name}: shorten the document by about {over} tokens "
+                f"({100 * over / num_tokens:.0f}%) or use a model with a longer context."
+            )
+
+    def _prefill(self, cache: KVCache, tokens: list[int], progress: Progress | None) -> None:
+        inputs = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
+        if progress is not None:
+            cache.reading.on_layer = lambda done, total: progress("reading", done, total)
+        try:
+            with torch.inference_mode():
+                self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            cache.reading.on_layer = None
+
+    def _replay(
+        self, cache: KVCache, tokens: list[int], num_prefix: int, recipe: Recipe, progress: Progress | None
+    ) -> None:
+        if not isinstance(recipe.score, KVzip):
+            raise NotImplementedError(f"no replay is known for {recipe.score!r}")
+        if progress is not None:
+            cache.reading.on_layer = lambda done, total: progress("replaying", done, total)
+        try:
+            masses = replay_context(
+                self.model,
+                cache,
+                tokens,
+                num_prefix_tokens=num_prefix,
+                method=recipe.score,
+                tokenizer=self.tokenizer,
+                after=self.template.after,
+                max_positions=self.loaded.max_positions,
+            )
+        finally:
+            cache.reading.on_layer = None
+        cache.compress(masses)
+
+
+class Context:
+    """A document that was read, and its memory. Questions fork it; it never changes."""
+
+    def __init__(
+        self, lm: LanguageModel, cache: KVCache, tokens: list[int], *, prefill_s: float, compress_s: float, note: str
+    ) -> None:
+        self.lm, self.cache, self.tokens = lm, cache, tokens
+        self.prefill_s, self.compress_s, self.note = prefill_s, compress_s, note
+
+    def report(self) -> ReadReport:
+        """Tokens, bytes and seconds of the read."""
+        held = [n for layer in self.cache.held_tokens() for row in layer for n in row]
+        return ReadReport(
+            model=self.lm.name,
+            recipe=str(self.cache.recipe),
+            prompt_tokens=len(self.tokens),
+            held_tokens_mean=sum(held) / len(held) if held else 0.0,
+            kv_bytes_full=self.cache.kv_bytes_full,
+            kv_bytes=self.cache.kv_bytes,
+            kv_bytes_peak=self.cache.kv_bytes_peak,
+            prefill_s=self.prefill_s,
+            compress_s=self.compress_s,
+            note=self.note,
+        )
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        answer_prefix: str = "",
+        keep_logprobs: bool = False,
+    ) -> Iterator[Step]:
+        """Answers a question about the document, step by step. The context is forked: not re-read, not changed.
+
+        answer_prefix: words that the answer begins with, put into the model's mouth.
+
+        Raises
+        ------
+        PromptError
+            If the question is empty, or question and answer do not fit the model's positions.
+        """
+        if not question.strip():
+            raise PromptError("the question is empty.")
+        if max_new_tokens < 1:
+            raise PromptError(f"`max_new_tokens` must be >= 1; got max_new_tokens={max_new_tokens}.")
+        lm = self.lm
+        body = lm.tokenizer.encode(question, add_special_tokens=False, split_special_tokens=True)
+        new = lm.tokenize(lm.template.between) + list(body) + lm.tokenize(lm.template.after + answer_prefix)
+        lm.check_length(len(self.tokens) + len(new), max_new_tokens)
+        steps = decode_steps(
+            lm.model,
+            self.cache.fork(),
+            new,
+            history=self.tokens,
+            sampler=sampling.sampler(),
+            max_new_tokens=max_new_tokens,
+            end_tokens=lm.end_tokens,
+            keep_logprobs=keep_logprobs,
+        )
+        return with_text(steps, self._detokenize, end_tokens=lm.end_tokens, stop=stop)
+
+    def _detokenize(self, ids: Sequence[int]) -> str:
+        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _check_budget(recipe: Recipe, num_tokens: int) -> str:
+    """Fails early where a budget cannot hold; a note where it has no effect."""
+    tokens = recipe.budget.tokens
+    if recipe.budget.share is not None:
+        tokens = int(num_tokens * recipe.budget.share)
+    if tokens is not None:
+        RecipePolicy(recipe).check_budget(tokens, num_tokens)
+        if recipe.score is not None and tokens >= num_tokens:
+            return f"note: the budget of {recipe.budget} is not below the prompt of {num_tokens} tokens; nothing was dropped."
+    return ""
+
+

@@ -1,0 +1,202 @@
+"""Attention over span tables: the oracle against the textbook, the native kernel against the oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steno.kernels.attention import DenseSpan, PageSpan, SpanTable, attend, cpu, merge_attention
+from steno.kernels.quant import encode_pages
+from steno.types import PageFormat
+
+ISAS = cpu.available_isas()
+needs_native = pytest.mark.skipif(not ISAS, reason="the native library is not built")
+HEAD_DIMS = [1, 8, 16, 20, 64, 80, 128, 256]
+LENGTHS = st.sampled_from([0, 1, 2, 63, 64, 65, 130])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def spans(draw, head_dim, generator):
+    bits = draw(st.sampled_from([0, 8, 4, 2]))
+    if bits:
+        fmt = PageFormat(
+            bits=bits,
+            key_group=draw(st.sampled_from([16, 32, 64])),
+            value_group=draw(st.sampled_from([16, 32, 48, 64, 1000])),
+        )
+        keys, values = torch.randn(2, draw(st.integers(1, 3)), 64, head_dim, generator=generator).unbind()
+        num_tokens = 64 * len(keys)
+    else:
+        num_tokens = draw(LENGTHS)
+        dtype = draw(DTYPES)
+        keys, values = torch.randn(2, num_tokens, head_dim, generator=generator).to(dtype).unbind()
+    log_counts = torch.rand(num_tokens, generator=generator) * 3 if draw(st.booleans()) else None
+    return PageSpan(encode_pages(keys, values, fmt), log_counts) if bits else DenseSpan(keys, values, log_counts)
+
+
+@st.composite
+def cases(draw):
+    """Queries, a table, and the options of attend."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    num_queries = draw(st.one_of(st.integers(1, 4), st.integers(1, 70)))
+    head_dim = draw(st.sampled_from(HEAD_DIMS))
+    rows = [
+        [draw(st.lists(spans(head_dim, generator), max_size=2)) for _ in range(kv_heads)] for _ in range(batch)
+    ]
+    lengths = None
+    if draw(st.booleans()):
+        lengths = [draw(LENGTHS) for _ in range(batch)]
+        dtype = draw(DTYPES)
+        for row, length in zip(rows, lengths, strict=True):
+            for head in row:
+                head.append(tail_span(length, head_dim, dtype, generator))
+    table = SpanTable.build(rows, head_dim=head_dim)
+    if lengths:
+        table.set_tail_lengths(lengths)
+    if draw(st.booleans()):
+        table = table.with_page_ids(draw_page_ids(draw, table))
+    q = torch.randn(batch, kv_heads * group, num_queries, head_dim, generator=generator)
+    options = {
+        "scale": head_dim**-0.5 * draw(st.sampled_from([1.0, 1e4])),
+        "softcap": draw(st.sampled_from([None, 5.0])),
+        "causal": draw(st.booleans()),
+    }
+    return q, table, options
+
+
+def tail_span(length, head_dim, dtype, generator):
+    """A tail whose spare capacity holds NaN."""
+    keys, values = torch.randn(2, length + 70, head_dim, generator=generator).to(dtype).unbind()
+    keys[length:] = values[length:] = math.nan
+    return DenseSpan(keys, values)
+
+
+def draw_page_ids(draw, table):
+    """Some pages, in any order, of some spans."""
+    chosen = {}
+    for idx in range(len(table.entries)):
+        pages = -(-table.tokens_of(idx) // 64)
+        if draw(st.booleans()):
+            ids = draw(st.permutations(range(pages)))[: draw(st.integers(0, pages))]
+            chosen[idx] = torch.tensor(ids, dtype=torch.int32)
+    return chosen
+
+
+@needs_native
+@given(case=cases())
+@settings(max_examples=50, deadline=None)
+def test_native_kernel_is_as_exact_as_the_oracle(case):
+    q, table, options = case
+    exact, exact_lse = attend(q.double(), table, impl="naive", **options)
+    plain, plain_lse = attend(q, table, impl="naive", **options)
+    # fp32 rounds a logit by a few units of 2^-24 of the largest product in it
+    eps = 2e-6 * (1 + (options["softcap"] or 1) + q.norm(dim=3).max().item() * options["scale"])
+    allowed = 2 * (plain - exact).abs().max() + eps
+    allowed_lse = 2 * (plain_lse - exact_lse).nan_to_num(0).abs().max() + eps
+    for isa in ISAS:
+        for num_threads in (1, 2):
+            out, lse = attend(q, table, isa=isa, num_threads=num_threads, **options)
+            assert (out - exact).abs().max() <= allowed, isa
+            assert torch.equal(lse == -math.inf, exact_lse == -math.inf), isa
+            assert (lse - exact_lse).nan_to_num(0).abs().max() <= allowed_lse, isa
+
+
+@given(head_dim=st.sampled_from(HEAD_DIMS), group=st.integers(1, 3), num_queries=st.integers(1, 9), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_oracle_is_textbook_attention(head_dim, group, num_queries, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, 2, 40, head_dim, generator=generator, dtype=torch.float64).float().unbind()
+    q = torch.randn(1, 2 * group, num_queries, head_dim, generator=generator, dtype=torch.float64)
+    rows = [[[DenseSpan(k[:25], v[:25]), DenseSpan(k[25:], v[25:])] for k, v in zip(keys, values, strict=True)]]
+    out, lse = attend(q, SpanTable.build(rows, head_dim=head_dim), scale=0.3, impl="naive")
+    for head in range(2 * group):
+        for t in range(num_queries):
+            seen = 40 - num_queries + t + 1
+            weights = [math.exp(0.3 * float(q[0, head, t] @ k)) for k in keys[head // group, :seen].double()]
+            expected = sum(w * v for w, v in zip(weights, values[head // group, :seen].double(), strict=True)) / sum(weights)
+            torch.testing.assert_close(out[0, head, t], expected, rtol=1e-9, atol=1e-12)
+            assert float(lse[0, head, t]) == pytest.approx(math.log(sum(weights)), abs=1e-5)
+
+
+def test_softcap_and_log_counts_by_hand():
+    keys, values = torch.tensor([[2.0], [-1.0]]), torch.tensor([[1.0], [0.0]])
+    table = SpanTable.build([[[DenseSpan(keys, values, torch.tensor([0.0, 1.5]))]]], head_dim=1)
+    logits = [3 * math.tanh(2 * 0.5 / 3), 3 * math.tanh(-1 * 0.5 / 3) + 1.5]
+    total = sum(math.exp(x) for x in logits)
+    for impl in ["naive", "cpu"] if ISAS else ["naive"]:
+        out, lse = attend(torch.ones(1, 1, 1, 1), table, scale=0.5, softcap=3.0, causal=False, impl=impl)
+        assert float(out) == pytest.approx(math.exp(logits[0]) / total, abs=1e-6)
+        assert float(lse) == pytest.approx(math.log(total), abs=1e-6)
+
+
+def long_case(batch, kv_heads, lengths, num_queries=1, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        [[DenseSpan(*torch.randn(2, n, 32, generator=generator).to(dtype).unbind())] for n in lengths[:kv_heads]]
+        for _ in range(batch)
+    ]
+    q = torch.randn(batch, kv_heads * 2, num_queries, 32, generator=generator)
+    return q, SpanTable.build(rows, head_dim=32)
+
+
+@needs_native
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("num_queries", [1, 150])
+def test_any_number_of_threads_gives_the_same(num_threads, num_queries):
+    # one long head among short ones: several threads share it, and its parts are merged
+    q, table = long_case(2, 3, [1, 3000, 70], num_queries)
+    expected, expected_lse = attend(q, table, scale=0.3, impl="naive")
+    out, lse = attend(q, table, scale=0.3, impl="cpu", num_threads=num_threads)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_out_has_the_dtype_of_the_queries(dtype):
+    q, table = long_case(1, 2, [100, 20])
+    expected, _ = attend(q.to(dtype).float(), table, scale=0.3, impl="naive")
+    out, lse = attend(q.to(dtype), table, scale=0.3)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(out, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@needs_native
+def test_queries_with_nan_give_nan_and_only_there():
+    q, table = long_case(1, 2, [100, 20])
+    q[0, 1, 0, 3] = math.nan
+    for isa in ISAS:
+        out, _ = attend(q, table, scale=0.3, isa=isa)
+        assert out[0, 1].isnan().all()
+        assert not out[0, [0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("impl", ["naive", "cpu"] if ISAS else ["naive"])
+def test_no_keys_give_zero_and_minus_infinity(impl):
+    table = SpanTable.build([[[], [DenseSpan(torch.empty(0, 16), torch.empty(0, 16))]]], head_dim=16)
+    out, lse = attend(torch.randn(1, 4, 3, 16), table, scale=1.0, impl=impl)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert (lse == -math.inf).all()
+
+
+def test_parts_merge_to_the_whole():
+    generator = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 200, 16, generator=generator).unbind()
+    q = torch.randn(1, 2, 1, 16, generator=generator)
+
+    def part(start, end):
+        table = SpanTable.build([[[DenseSpan(keys[start:end], values[start:end])]]], head_dim=16)
+        return attend(q, table, scale=0.5, impl="naive")
+
+    parts = [part(0, 70), part(70, 70), part(70, 200)]
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    torch.testing.assert_close(out, part(0, 200)[0])
+    torch.testing.assert_close(lse, part(0, 200)[1])
+    empty_out, empty_lse = part(0, 0)
+    out, lse = merge_attention([empty_out, empty_out], [empty_lse, empty_lse])
+    assert not out.any()
+    assert (lse == -math.inf).all()
