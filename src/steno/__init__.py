@@ -12,7 +12,8 @@ from steno.recipe import parse_recipe as parse_recipe
 from steno.session import Context as Context
 from steno.session import LanguageModel as LanguageModel
 from steno.session import load as load
+from steno.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _register()

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.utils import logging
 
@@ -132,6 +133,15 @@ def test_damaged_folder(tiny_folder, tmp_path, damage):
     with pytest.raises(ModelError, match=r"cannot load .*copy: .*; give the whole folder") as caught:
         load_model(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_folder, tmp_path):
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"copy lacks weights, such as 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        load_model(copy)
 
 
 def test_hub_id_offline(monkeypatch, tmp_path):

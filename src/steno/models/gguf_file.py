@@ -53,7 +53,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
         # the reader draws its progress bar past transformers' switch for it
         with quiet_transformers(), redirect_stderr(io.StringIO()):
             _convert(path, folder)
-    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # from the system; transformers raises it without errno
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"cannot convert {path}: {reason}; give a whole GGUF file of a model that transformers knows."

@@ -94,15 +94,7 @@ def load_model(
     location, name = _resolve(source, cache_dir or default_cache_dir(), notify)
     if isinstance(location, str):
         notify(f"looking for {name} in the Hugging Face cache and on the hub")
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(location)
-            tokenizer = AutoTokenizer.from_pretrained(location)
-            model = AutoModelForCausalLM.from_pretrained(
-                location, config=config, dtype=wanted or default_dtype(config, place)
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise _load_error(location, name, error) from error
+    model, tokenizer = _from_pretrained(location, name, wanted, place)
     check_hostable(model)
     model.requires_grad_(False).eval().to(place)
     text_config = model.config.get_text_config()
@@ -133,7 +125,7 @@ def default_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "arm_bf16", "bf16"))
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
 
 
 def check_hostable(model: PreTrainedModel) -> None:
@@ -187,6 +179,23 @@ def _resolve(source: str | Path, cache_dir: Path, notify: Notify) -> tuple[str |
         f"unknown model {text!r}; {nearest(text, EMBEDDED_MODELS)} A local folder, a .gguf file or a Hugging Face id "
         "`org/name` can be given too."
     )
+
+
+def _from_pretrained(
+    location: str | Path, name: str, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(location)
+            tokenizer = AutoTokenizer.from_pretrained(location)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                location, config=config, dtype=dtype or default_dtype(config, device), output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise _load_error(location, name, error) from error
+    if info["missing_keys"]:  # transformers would only warn, and leave them random
+        raise ModelError(f"{name} lacks weights, such as {min(info['missing_keys'])!r}; get the model again.")
+    return model, tokenizer
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -8,6 +8,35 @@
 #include "operands.inl"
 #include "products.inl"
 
+inline int64_t clamp_tokens(int64_t n) { return n < 0 ? 0 : n > kPageTokens ? kPageTokens : n; }
+
+// The first page of a span; a step of so many bytes and numbers leads to the next.
+struct PageOperand {
+    Operand first;
+    int64_t code_step;
+    int64_t param_step;
+    Operand at(int64_t page) const {
+        Operand x = first;
+        x.codes += page * code_step;
+        x.params += page * param_step;
+        return x;
+    }
+};
+
+inline PageOperand page_operand(const Entry &e, const uint8_t *codes, const uint16_t *params, int64_t rows, int64_t columns,
+                                int64_t group) {
+    const int64_t blocks = ceil_div(columns, kLanes), groups = ceil_div(columns, group);
+    const uint64_t inverse = groups == 1 ? 0 : (uint64_t{1} << 32) / (group / kLanes) + 1;
+    return {{e.format, codes, params, rows, blocks, groups, inverse}, code_bytes(rows, blocks, e.format - 16), 2 * groups * rows};
+}
+
+// A span as a unit reads it.
+struct SpanView {
+    const Entry *entry;
+    bool is_tail;
+    PageOperand keys, values;  // of a span of pages
+};
+
 // 64 tokens, or fewer at the end of a span. visible: tokens of the tile that the newest query sees, counted from its start.
 struct Tile {
     const Entry *entry;
@@ -15,20 +44,6 @@ struct Tile {
     int64_t visible;
     bool is_tail;
 };
-
-inline int64_t clamp_tokens(int64_t n) { return n < 0 ? 0 : n > kPageTokens ? kPageTokens : n; }
-
-inline Operand key_page(const Entry &e, int64_t page, int64_t dim) {
-    const int64_t blocks = kPageTokens / kLanes, groups = kPageTokens / e.key_group;
-    return {e.format, e.keys + page * code_bytes(dim, blocks, e.format - 16), e.key_params + page * 2 * groups * dim,
-            dim, blocks, groups, e.key_group / kLanes};
-}
-
-inline Operand value_page(const Entry &e, int64_t page, int64_t dim) {
-    const int64_t blocks = ceil_div(dim, kLanes), groups = ceil_div(dim, e.value_group);
-    return {e.format, e.values + page * code_bytes(kPageTokens, blocks, e.format - 16),
-            e.value_params + page * 2 * groups * kPageTokens, kPageTokens, blocks, groups, e.value_group / kLanes};
-}
 
 // Softcap, log counts and mask; then the running softmax: logits [64] become weights.
 inline void update_softmax(const Problem &p, const Tile &tile, int64_t query, float *logits, const Partial &out, int64_t v) {
@@ -72,20 +87,21 @@ void attend_vectors(const Problem &p, const Unit &unit, const Tile &tile, const 
     multiply<M>(values, scratch.logits, kPageTokens, scratch, out.acc + v * dim, dim, true);
 }
 
-void attend_tile(const Problem &p, const Unit &unit, const Tile &tile, const Scratch &scratch, const Partial &out) {
-    const Entry &e = *tile.entry;
+void attend_tile(const Problem &p, const Unit &unit, const SpanView &span, const Tile &tile, const Scratch &scratch,
+                 const Partial &out) {
+    const Entry &e = *span.entry;
     const int64_t dim = p.head_dim, token = tile.page * kPageTokens;
     const bool direct = unit.num_vectors <= kMaxDirect;
     Operand keys, values;
     if (is_paged(e)) {
-        keys = key_page(e, tile.page, dim);
-        values = value_page(e, tile.page, dim);
+        keys = span.keys.at(tile.page);
+        values = span.values.at(tile.page);
         if (!direct) keys = dequantize(keys, scratch.keys), values = dequantize(values, scratch.values);
     } else {
         keys = transpose_keys(e, token, tile.visible, dim, scratch.keys);
         const int64_t width = e.format == kFloat ? 4 : 2;
         if (direct && dim % kLanes == 0)
-            values = {e.format, e.values + token * dim * width, nullptr, tile.visible, dim / kLanes, 1, dim / kLanes};
+            values = plain_operand(e.format, e.values + token * dim * width, tile.visible, dim / kLanes);
         else values = copy_values(e, token, tile.visible, dim, scratch.values);
     }
     constexpr int kBlock = kAccumulators >= 4 * kMaxBlock ? kMaxBlock : kMaxDirect;
@@ -122,10 +138,15 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
         const bool is_tail = i + 1 == stop;
         const int64_t tokens = e.tokens - (is_tail ? hidden_from(p, last) : 0);
         const int64_t tiles = count_tiles(p, e, is_tail, last);
+        SpanView span{&e, is_tail, {}, {}};
+        if (is_paged(e)) {
+            span.keys = page_operand(e, e.keys, e.key_params, p.head_dim, kPageTokens, e.key_group);
+            span.values = page_operand(e, e.values, e.value_params, kPageTokens, p.head_dim, e.value_group);
+        }
         for (int64_t t = begin > 0 ? begin : 0; t < tiles && t < end; t++) {
             const int64_t page = e.num_page_ids >= 0 ? e.page_ids[t] : t;
             const int64_t visible = clamp_tokens(tokens - page * kPageTokens);
-            if (visible > 0) attend_tile(p, unit, {&e, page, visible, is_tail}, scratch, out);
+            if (visible > 0) attend_tile(p, unit, span, {&e, page, visible, is_tail}, scratch, out);
         }
         begin -= tiles;
         end -= tiles;

@@ -1,6 +1,6 @@
 // What stands on the right of both products of attention: a matrix [rows][blocks * 16] in some format.
 
-// Where a matrix of keys (transposed) or values lies. coef_rows: rows of the coefficients, rows rounded up to 16.
+// Where a matrix of keys (transposed) or values lies.
 struct Operand {
     int64_t format;
     const uint8_t *codes;
@@ -8,44 +8,57 @@ struct Operand {
     int64_t rows;
     int64_t blocks;
     int64_t groups;
-    int64_t blocks_per_group;
-    int64_t coef_rows() const { return ceil_div(rows, kLanes) * kLanes; }
-    int64_t group_of(int64_t block) const { return groups == 1 ? 0 : block / blocks_per_group; }
+    uint64_t group_inverse;  // 2^32 over the blocks of a group, rounded up: a division would cost as much as ten rows
+    int64_t group_of(int64_t block) const { return static_cast<int64_t>(block * group_inverse >> 32); }
+    int64_t coef_rows() const { return (rows + kLanes - 1) & ~int64_t{kLanes - 1}; }
 };
+
+inline Operand plain_operand(int64_t format, const void *numbers, int64_t rows, int64_t blocks) {
+    return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0};
+}
 
 inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
     return bits == 8 ? rows * blocks * kLanes : ceil_div(rows * blocks * bits, 32) * 64;
 }
 
 // Decoders: decode<N>(index, x) reads the blocks index .. index + N - 1, with kAligned index is a multiple of N.
+// kRows<N>: rows of N blocks each that make a line, so that their places in it are known when this is compiled.
 struct Floats {
+    template <int N>
+    static constexpr int kRows = 2;
     const uint8_t *base;
     template <int N, bool kAligned>
-    inline void decode(int64_t index, F *x) const {
+    inline void decode(uint64_t index, F *x) const {
         for (int n = 0; n < N; n++) x[n] = load(reinterpret_cast<const float *>(base) + (index + n) * kLanes);
     }
 };
 
 struct Bfloats {
+    template <int N>
+    static constexpr int kRows = 2;
     const uint8_t *base;
     template <int N, bool kAligned>
-    inline void decode(int64_t index, F *x) const {
+    inline void decode(uint64_t index, F *x) const {
         for (int n = 0; n < N; n++) x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
     }
 };
 
 struct Halves {
+    template <int N>
+    static constexpr int kRows = 2;
     const uint8_t *base;
     template <int N, bool kAligned>
-    inline void decode(int64_t index, F *x) const {
+    inline void decode(uint64_t index, F *x) const {
         for (int n = 0; n < N; n++) x[n] = load_half(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
     }
 };
 
 struct Bytes {
+    template <int N>
+    static constexpr int kRows = 2;
     const uint8_t *base;
     template <int N, bool kAligned>
-    inline void decode(int64_t index, F *x) const {
+    inline void decode(uint64_t index, F *x) const {
         for (int n = 0; n < N; n++) x[n] = decode_int8(base + (index + n) * kLanes);
     }
 };
@@ -53,10 +66,12 @@ struct Bytes {
 template <int kBits>
 struct Fields {
     static constexpr int kPerLine = 32 / kBits;
+    template <int N>
+    static constexpr int kRows = kPerLine / N < 4 ? kPerLine / N : 4;
     const uint8_t *base;
-    inline I line(int64_t index) const { return load_line(base + index / kPerLine * 64); }
+    inline I line(uint64_t index) const { return load_line(base + index / kPerLine * 64); }
     template <int N, bool kAligned>
-    inline void decode(int64_t index, F *x) const {
+    inline void decode(uint64_t index, F *x) const {
         if (kAligned && N > 1) {  // all in one line
             I codes = line(index);
             if (N < kPerLine) codes = shift_right(codes, index % kPerLine * kBits);
@@ -91,7 +106,7 @@ inline Operand dequantize(Operand x, float *dst) {
     if (x.format == kInt8) dequantize_as<Bytes>(x, dst);
     else if (x.format == kInt4) dequantize_as<Fields<4>>(x, dst);
     else dequantize_as<Fields<2>>(x, dst);
-    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, x.rows, x.blocks, 1, x.blocks};
+    return plain_operand(kFloat, dst, x.rows, x.blocks);
 }
 
 // Dense keys [count][dim] to fp32 [padded dim][64], columns from count on zero.
@@ -104,7 +119,7 @@ inline Operand transpose_keys(const Entry &e, int64_t token, int64_t count, int6
             transpose16(x);
             for (int i = 0; i < kLanes; i++) store(dst + (c + i) * kPageTokens + t, x[i]);
         }
-    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, dim, kPageTokens / kLanes, 1, kPageTokens / kLanes};
+    return plain_operand(kFloat, dst, dim, kPageTokens / kLanes);
 }
 
 // Dense values [count][dim] to fp32 [count][padded dim].
@@ -113,5 +128,5 @@ inline Operand copy_values(const Entry &e, int64_t token, int64_t count, int64_t
     for (int64_t t = 0; t < count; t++)
         for (int64_t b = 0; b < blocks; b++)
             store(dst + (t * blocks + b) * kLanes, load_dense(e.format, e.values, (token + t) * dim + b * kLanes, dim - b * kLanes));
-    return {kFloat, reinterpret_cast<const uint8_t *>(dst), nullptr, count, blocks, 1, blocks};
+    return plain_operand(kFloat, dst, count, blocks);
 }

@@ -27,24 +27,26 @@ inline Coefficients fold_params(const Operand &a, const float *x, int64_t x_stri
     return {scratch.coef, a.groups * stride, scratch.bias};
 }
 
-// The N blocks from `block`, with kShared all of one group.
-template <class Codes, int M, int N, bool kAligned, bool kShared>
-inline void multiply_rows(F (&acc)[M][N], const Operand &a, int64_t block, const Coefficients &c) {
-    const Codes codes{a.codes};
-    const float *coef[N];
-    for (int n = 0; n < N; n++) coef[n] = c.coef + a.group_of(block + n) * a.coef_rows();
-    for (int64_t r = 0; r < a.rows; r++) {
-        F x[N];
-        codes.template decode<N, kAligned>(r * a.blocks + block, x);
-        for (int m = 0; m < M; m++) {
-            const F shared = set1(coef[0][m * c.query_stride + r]);
-            for (int n = 0; n < N; n++)
-                acc[m][n] = fma(kShared ? shared : set1(coef[n][m * c.query_stride + r]), x[n], acc[m][n]);
-        }
+// How a product reads its matrix. kAligned: every row starts at a multiple of N blocks; kTight: a row is N blocks;
+// kShared: the N blocks are of one group.
+template <bool aligned, bool tight, bool shared>
+struct Shape {
+    static constexpr bool kAligned = aligned, kTight = tight, kShared = shared;
+};
+
+template <class Codes, class S, int M, int N>
+inline void multiply_row(F (&acc)[M][N], const Codes &codes, uint64_t index, const float *const *coef, int64_t query_stride, int64_t r) {
+    F x[N];
+    codes.template decode<N, S::kAligned>(index, x);
+    for (int m = 0; m < M; m++) {
+        const F shared = set1(coef[0][m * query_stride + r]);
+        for (int n = 0; n < N; n++)
+            acc[m][n] = fma(S::kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
     }
 }
 
-template <class Codes, int M, int N, bool kAligned>
+// The N blocks from `block`.
+template <class Codes, class S, int M, int N>
 inline void multiply_blocks(const Operand &a, int64_t block, const Coefficients &c, float *out, int64_t out_stride, bool add_to) {
     F acc[M][N];
     for (int m = 0; m < M; m++)
@@ -52,8 +54,17 @@ inline void multiply_blocks(const Operand &a, int64_t block, const Coefficients 
             acc[m][n] = add_to ? load(out + m * out_stride + (block + n) * kLanes) : set1(0.f);
             if (c.bias) acc[m][n] = add(acc[m][n], set1(c.bias[m * a.groups + a.group_of(block + n)]));
         }
-    if (N == 1 || a.group_of(block) == a.group_of(block + N - 1)) multiply_rows<Codes, M, N, kAligned, true>(acc, a, block, c);
-    else multiply_rows<Codes, M, N, kAligned, false>(acc, a, block, c);
+    const Codes codes{a.codes};
+    const float *coef[N];
+    for (int n = 0; n < N; n++) coef[n] = c.coef + a.group_of(block + n) * a.coef_rows();
+    constexpr int kRows = Codes::template kRows<N>;
+    int64_t r = 0;
+    if (S::kTight)
+        for (uint64_t step = 0; r + kRows <= a.rows; step++, r += kRows)
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; i++)
+                multiply_row<Codes, S, M, N>(acc, codes, step * kRows * N + i * N, coef, c.query_stride, r + i);
+    for (; r < a.rows; r++) multiply_row<Codes, S, M, N>(acc, codes, r * a.blocks + block, coef, c.query_stride, r);
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(out + m * out_stride + (block + n) * kLanes, acc[m][n]);
 }
@@ -62,10 +73,17 @@ template <class Codes, int M>
 inline void multiply_as(const Operand &a, const Coefficients &c, float *out, int64_t out_stride, bool add_to) {
     constexpr int N = M * 4 <= kAccumulators ? 4 : M * 2 <= kAccumulators ? 2 : 1;
     int64_t block = 0;
-    if (a.blocks % N == 0)
-        for (; block < a.blocks; block += N) multiply_blocks<Codes, M, N, true>(a, block, c, out, out_stride, add_to);
-    for (; block + N <= a.blocks; block += N) multiply_blocks<Codes, M, N, false>(a, block, c, out, out_stride, add_to);
-    for (; block < a.blocks; block++) multiply_blocks<Codes, M, 1, true>(a, block, c, out, out_stride, add_to);
+    if (a.blocks == N && a.groups == 1) {
+        multiply_blocks<Codes, Shape<true, true, true>, M, N>(a, 0, c, out, out_stride, add_to);
+        block = N;
+    }
+    for (; block + N <= a.blocks; block += N) {
+        const bool aligned = a.blocks % N == 0, shared = a.group_of(block) == a.group_of(block + N - 1);
+        if (aligned && shared) multiply_blocks<Codes, Shape<true, false, true>, M, N>(a, block, c, out, out_stride, add_to);
+        else if (aligned) multiply_blocks<Codes, Shape<true, false, false>, M, N>(a, block, c, out, out_stride, add_to);
+        else multiply_blocks<Codes, Shape<false, false, false>, M, N>(a, block, c, out, out_stride, add_to);
+    }
+    for (; block < a.blocks; block++) multiply_blocks<Codes, Shape<true, false, true>, M, 1>(a, block, c, out, out_stride, add_to);
 }
 
 // x [M][x_stride]: queries or weights.

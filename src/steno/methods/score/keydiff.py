@@ -1,8 +1,8 @@
 """KeyDiff: keys that point away from the mean direction of their head are the ones that attention picks out.
 
 Source: Park, Jones, Morse, Goel, Lee, Lott, 2025, https://arxiv.org/abs/2504.15364.
-Differs: written from the paper, no authors' code at hand; the paper evicts after each block of a long prompt and while decoding,
-    this scores the whole prompt once at its end, and protects no recent window.
+Differs: written from the paper, not from the authors' code (the formula agrees with NVIDIA kvpress); the paper evicts after each
+    block of a long prompt and while decoding, this scores the whole prompt once at its end, and protects no recent window.
 Cost: 3*Hkv*S*D FLOPs; one fp32 copy of the keys.
 """
 

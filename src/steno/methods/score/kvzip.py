@@ -114,18 +114,29 @@ def reconstruction_mass(
         Queries of one KV head that are computed at a time.
     """
     num_kv_heads, num_sinks, m = own_keys.shape[0], sink_keys.shape[1], chunk_keys.shape[1]
-    num_queries = queries.shape[1]
     grouped = queries.reshape(num_kv_heads, -1, *queries.shape[1:]).float() * scaling  # [Hkv, G, Tq, D]
-    keys = torch.cat([sink_keys, chunk_keys, own_keys], dim=1).float()  # [Hkv, n + m + Tq, D]
-    mass = torch.full((num_kv_heads, m), -torch.inf, device=queries.device)  # [Hkv, m]
-    for start in range(0, num_queries, block):
-        stop = min(start + block, num_queries)
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=queries.device).triu(1)
-        for head in range(num_kv_heads):
-            logits = grouped[head, :, start:stop] @ keys[head, : num_sinks + m + stop].T  # [G, b, n + m + stop]
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            logits[..., num_sinks + m + start :].masked_fill_(future, -torch.inf)
-            logits -= logits.logsumexp(-1, keepdim=True)
-            torch.maximum(mass[head], logits[..., num_sinks : num_sinks + m].amax((0, 1)), out=mass[head])
-    return mass.exp()
+    keys = torch.cat([chunk_keys, sink_keys, own_keys], dim=1).float()  # [Hkv, m + n + Tq, D]
+    mass = torch.zeros(num_kv_heads, m, device=queries.device)  # [Hkv, m]
+    scratch = torch.empty(grouped.shape[1] * block * keys.shape[1], device=queries.device)
+    for head in range(num_kv_heads):
+        for start in range(0, queries.shape[1], block):
+            rows = grouped[head, :, start : start + block]  # [G, b, D]
+            seen = keys[head, : m + num_sinks + start + rows.shape[1]]  # [m + n + start + b, D]
+            weights = _attention_(scratch, rows, seen, m, softcap)  # [G * b, m]
+            torch.maximum(mass[head], weights.amax(0), out=mass[head])
+    return mass
+
+
+def _attention_(scratch: Tensor, queries: Tensor, keys: Tensor, m: int, softcap: float | None) -> Tensor:
+    """Attention of queries `[G, b, D]` to the first m of `keys` `[N, D]`, the last b of them causal: `[G * b, m]` in `scratch`."""
+    group, b, dim = queries.shape
+    logits = scratch[: group * b * keys.shape[0]].view(group * b, -1)  # [G * b, N]
+    torch.mm(queries.reshape(-1, dim), keys.T, out=logits)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    future = torch.ones(b, b, dtype=torch.bool, device=keys.device).triu(1)
+    logits.view(group, b, -1)[..., -b:].masked_fill_(future, -torch.inf)
+    weights = logits.sub_(
+        logits.amax(-1, keepdim=True)
+    ).exp_()  # in place: a fresh temporary costs more than its arithmetic
+    return weights[:, :m].mul_(weights.sum(-1, keepdim=True).reciprocal_())

@@ -1,0 +1,49 @@
+# `make demo` and `make test` need nothing but python3 >= 3.11 (and a C++ compiler, where there is one).
+# Each sets up .venv by itself; a second run skips what is done. Which build of PyTorch comes, CPU or CUDA, is up to pip's
+# own settings (for the CPU build: PIP_EXTRA_INDEX_URL, see pytorch.org).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard src/steno/kernels/csrc/*)
+
+.PHONY: demo test slow lint model bench clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/steno ask "What does the 'with' statement do?" --recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 80
+
+test: lint model
+	$(BIN)/python -m pytest
+
+slow: model
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests benchmarks setup.py
+	$(BIN)/ruff format --check src tests benchmarks setup.py
+	$(BIN)/mypy
+
+model: $(VENV)/.installed
+	@$(BIN)/python -m steno.models.embedded
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/decode.py
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "steno needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest hypothesis ruff mypy
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/steno/kernels/_native*.so

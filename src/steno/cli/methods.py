@@ -1,0 +1,31 @@
+"""List every method: its kind, paper and year, and whether it frees memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from steno.methods import describe_methods
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON list with all that is known of each method")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    methods = describe_methods()
+    if arguments.json:
+        print(json.dumps(methods, indent=2))
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("kind", "id", "title", "year", "arXiv", "frees memory"):
+        table.add_column(name, no_wrap=name != "title")
+    for method in methods:
+        frees = "yes" if method["frees_memory"] else "no"
+        table.add_row(method["kind"], method["id"], method["title"], str(method["year"]), method["arxiv"], frees)
+    Console().print(table)
+    print("\nA recipe is a chain of them and one budget: snapkv(window=64) | adakv | kivi(bits=2) @ 20%")
+    return 0

@@ -1,0 +1,116 @@
+"""Every listed method against the contract of its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from contracts import (
+    check_access,
+    check_allocator,
+    check_evictor,
+    check_merger,
+    check_method,
+    check_quantizer,
+    check_scorer,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steno import methods
+from steno.errors import BadArgument
+from steno.methods import ALLOCATORS, KINDS, METHODS, SCORERS, Evictor, describe_methods
+
+SMALL: dict[str, dict[str, Any]] = {
+    "snapkv": {"window": 3, "kernel": 3},
+    "streaming_llm": {"n_sink": 2},
+    "expected_attention": {"n_sink": 2, "future_positions": 5},
+    "kvzip": {"n_sink": 2},
+}
+
+
+def small(cls: Any) -> Any:
+    return cls(**SMALL.get(cls.id, {}))
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=lambda cls: cls.id)
+def test_method(cls: Any) -> None:
+    check_method(cls)
+    assert METHODS[cls.id] is cls
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=lambda cls: cls.id)
+def test_bad_values_are_named(cls: Any) -> None:
+    for f in dataclasses.fields(cls):
+        for bad in (None, [], b"x", -1, math.nan, math.inf, 10**400, "nonsense", 1j, ...):
+            with pytest.raises(BadArgument, match=f"`{f.name}`.*got {f.name}="):
+                cls(**{f.name: bad})
+        for bad in {True, 1.5} if isinstance(f.default, int) and not isinstance(f.default, bool) else ():
+            with pytest.raises(BadArgument, match=f.name):
+                cls(**{f.name: bad})
+
+
+@pytest.mark.parametrize("cls", SCORERS.values(), ids=lambda cls: cls.id)
+@settings(max_examples=25, deadline=None)
+@given(
+    num_tokens=st.sampled_from([1, 2, 3, 4, 5, 17]),
+    group=st.sampled_from([1, 3, 4]),
+    hkv=st.integers(1, 3),
+    budget=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_scorer(cls: Any, num_tokens: int, group: int, hkv: int, budget: int, dtype: torch.dtype) -> None:
+    scorer = small(cls)
+    check_scorer(scorer, num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+    if cls.evicts_while_decoding:
+        check_evictor(cast(Evictor, scorer), num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+
+
+@pytest.mark.parametrize("cls", ALLOCATORS.values(), ids=lambda cls: cls.id)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    hkv=st.integers(1, 4),
+    num_tokens=st.integers(1, 20),
+    budget=st.integers(1, 24),
+    window=st.integers(0, 4),
+    num_layers=st.integers(1, 4),
+    levels=st.integers(1, 50),
+)
+def test_allocator(
+    cls: Any, seed: int, hkv: int, num_tokens: int, budget: int, window: int, num_layers: int, levels: int
+) -> None:
+    scores = torch.randint(levels, (hkv, num_tokens), generator=torch.Generator().manual_seed(seed)).float()
+    scores[:, num_tokens - min(window, num_tokens) :] = torch.inf
+    for layer_idx in range(num_layers):
+        counts = check_allocator(cls(), scores, budget=budget, layer_idx=layer_idx, num_layers=num_layers)
+        if cls.id != "pyramidkv":
+            assert int(counts.sum()) == min(budget, num_tokens) * hkv
+
+
+@pytest.mark.parametrize("cls", methods.MERGERS.values(), ids=lambda cls: cls.id)
+def test_merger(cls: Any) -> None:
+    check_merger(cls())
+
+
+@pytest.mark.parametrize("cls", methods.QUANTIZERS.values(), ids=lambda cls: cls.id)
+def test_quantizer(cls: Any) -> None:
+    check_quantizer(cls())
+
+
+@pytest.mark.parametrize("cls", methods.ACCESSORS.values(), ids=lambda cls: cls.id)
+def test_access(cls: Any) -> None:
+    check_access(cls())
+
+
+def test_describe_methods_is_json() -> None:
+    rows = json.loads(json.dumps(describe_methods()))
+    assert [row["id"] for row in rows] == list(METHODS)
+    assert set(rows[0]) == {
+        "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs"
+    }  # fmt: skip
+    assert [row["kind"] for row in rows] == sorted((row["kind"] for row in rows), key=KINDS.index)

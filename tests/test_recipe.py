@@ -1,0 +1,206 @@
+"""The text form of recipes: round trips, one-line errors that name the way out, and no traceback for any text."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steno.errors import BudgetError, RecipeError
+from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS
+from steno.methods.quantize.kivi import KIVI
+from steno.methods.score.h2o import H2O
+from steno.methods.score.snapkv import SnapKV
+from steno.recipe import FULL, WHOLE, Budget, Recipe, as_recipe, parse_recipe
+from steno.types import Need
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "heavy_share": st.floats(0, 1),
+    "alpha_safeguard": st.floats(0, 1),
+    "eps": st.floats(0, 1e6),
+    "covariance": st.booleans(),
+    "value_norm": st.booleans(),
+    "pool": st.sampled_from(["avg", "max"]),
+    "kernel": st.integers(0, 9).map(lambda n: 2 * n + 1),
+    "group": st.sampled_from([8, 16, 32, 64]),
+    "bits": st.sampled_from([2, 4, 8]),
+    "residual": st.integers(1, 9).map(lambda n: 64 * n),
+}
+
+
+def instances(table: dict[str, Any]) -> st.SearchStrategy[Any]:
+    def build(cls: Any) -> st.SearchStrategy[Any]:
+        return st.builds(cls, **{f.name: VALUES.get(f.name, st.integers(1, 5000)) for f in dataclasses.fields(cls)})
+
+    return st.one_of([build(cls) for cls in table.values()])
+
+
+budgets = st.one_of(
+    st.builds(Budget, tokens=st.integers(1, 10**6)),
+    st.builds(Budget, bytes=st.integers(1, 2**40)),
+    st.builds(Budget, share=st.fractions(Fraction(1, 1000), 1)),
+    st.builds(Budget, share=st.floats(1e-6, 1)),
+)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    score = draw(st.none() | instances(SCORERS))
+    quantize = None if score is not None and score.evicts_while_decoding else draw(st.none() | instances(QUANTIZERS))
+    return Recipe(
+        score=score,
+        allocate=draw(st.none() | instances(ALLOCATORS)) if score else None,
+        merge=draw(st.none() | instances(MERGERS)) if score else None,
+        quantize=quantize,
+        access=draw(st.none() | instances(ACCESSORS)),
+        budget=draw(budgets) if score else WHOLE,
+    )
+
+
+@given(recipe=recipes())
+@settings(deadline=None)
+def test_text_rebuilds_the_recipe(recipe: Recipe) -> None:
+    assert parse_recipe(str(recipe)) == recipe
+    assert recipe.needs == (recipe.score.needs if recipe.score else frozenset())
+
+
+@given(budget=budgets)
+def test_text_rebuilds_the_budget(budget: Budget) -> None:
+    assert Budget.parse(str(budget)) == budget
+
+
+NAMES = st.sampled_from(
+    [*METHODS, "full", "|", "@", "(", ")", "window", "=", "1", "20%", "-", "'", ",", "\n", "#", "\\", "."]
+)
+
+
+@given(text=st.one_of(st.text(), st.lists(NAMES, max_size=12).map("".join), st.lists(NAMES, max_size=12).map(" ".join)))
+@settings(max_examples=500, deadline=None)
+def test_any_text_is_a_recipe_or_a_one_line_error(text: str) -> None:
+    try:
+        recipe = parse_recipe(text)
+    except RecipeError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+    else:
+        assert parse_recipe(str(recipe)) == recipe
+
+
+@given(text=st.text(max_size=12))
+def test_any_text_is_a_budget_or_an_error(text: str) -> None:
+    try:
+        assert Budget.parse(text) == Budget.parse(str(Budget.parse(text)))
+    except BudgetError as error:
+        assert "\n" not in str(error)
+
+
+def test_the_example_of_the_documentation() -> None:
+    recipe = parse_recipe("snapkv(window=64) | adakv | kivi(bits=4) @ 20%")
+    assert str(recipe) == "snapkv | adakv | kivi(bits=4) @ 20%"
+    assert recipe.score == SnapKV() and recipe.quantize == KIVI(bits=4) and recipe.access is None
+    assert recipe.budget == Budget(share=Fraction(1, 5)) and recipe.needs == {Need.QUERIES}
+    assert recipe.evictor is None and parse_recipe("h2o @ 64").evictor == H2O()
+
+
+def test_full_and_as_recipe() -> None:
+    assert str(FULL) == "full" and FULL.needs == frozenset() and FULL.stages == ()
+    for text in ("full", " full ", "full @ 100%", None, FULL):
+        assert as_recipe(text) == FULL
+    with pytest.raises(RecipeError, match="text, a Recipe or None"):
+        as_recipe(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("512", "tokens", 512),
+        ("20%", "share", Fraction(1, 5)),
+        ("33.3 %", "share", Fraction(333, 1000)),
+        ("64MiB", "bytes", 64 * 2**20),
+        ("1.5GiB", "bytes", 3 * 2**29),
+        ("800kB", "bytes", 800_000),
+        ("7B", "bytes", 7),
+    ],
+)
+def test_budgets(text: str, field: str, value: object) -> None:
+    assert getattr(Budget.parse(text), field) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs a stage"),
+        ("snapk @ 9", "unknown method 'snapk'; did you mean 'snapkv'"),
+        ("snapkv(windw=4) @ 9", "no argument 'windw'; did you mean 'window'"),
+        ("snapkv(64) @ 9", r"by name: e.g. `snapkv\(window=64\)`"),
+        ("keydiff(64) @ 9", "keydiff takes no arguments"),
+        ("snapkv(window=True) @ 9", "snapkv: `window` must be a whole number; got window=True."),
+        ("snapkv(window=0) @ 9", "`window` must be >= 1; got window=0."),
+        ("snapkv(window=2*3) @ 9", "must be a literal"),
+        ("snapkv(window=1, window=2) @ 9", "given twice"),
+        ("snapkv(**{}) @ 9", "no argument"),
+        ("snapkv | tova @ 9", "at most one score stage; got snapkv and tova"),
+        ("int4 | snapkv @ 9", r"write `snapkv \| int4`"),
+        ("snapkv | | int4 @ 9", "empty stage"),
+        ("snapkv | @ 9", "empty stage"),
+        ("snapkv(window=8 @ 9", "must read `stage | stage @ budget`"),
+        ("a.b @ 9", "got an expression"),
+        ("full | int4", "stands alone"),
+        ("adakv", "needs a method that chooses tokens"),
+        ("h2o | int4 @ 9", "h2o evicts single tokens at every step"),
+        ("snapkv @ 9 @ 9", "one budget"),
+        ("x" * 2000, "at most 1000 characters"),
+    ],
+)
+def test_bad_recipes(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("snapkv", "snapkv chooses tokens, so the recipe needs a budget: e.g. `snapkv @ 25%`"),
+        ("int4 @ 50%", "needs a method that chooses tokens"),
+        ("full @ 9", "needs a method that chooses tokens"),
+        ("snapkv @ 0", "> 0"),
+        ("snapkv @ 0%", "above 0%"),
+        ("snapkv @ -3", "> 0"),
+        ("snapkv @ 120%", "not over 100%; got 120"),
+        ("snapkv @ 0.2", "never a bare ratio: write 20% or a number of tokens"),
+        ("snapkv @ 9 parsecs", "unknown unit 'parsecs'"),
+        ("snapkv @", "readable"),
+        ("snapkv @ 0.1B", "> 0"),
+    ],
+)
+def test_bad_budgets(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_recipe(text)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tokens": 1, "bytes": 1},
+        {"tokens": True},
+        {"tokens": 1.0},
+        {"share": float("nan")},
+        {"share": True},
+        {"bytes": 0},
+    ],
+)
+def test_bad_budget_objects(fields: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError):
+        Budget(**fields)
+
+
+def test_bad_recipe_objects() -> None:
+    with pytest.raises(RecipeError, match="`quantize` must be a method of that kind"):
+        Recipe(quantize=SnapKV(), budget=WHOLE)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="`budget` must be a Budget"):
+        Recipe(budget="20%")  # type: ignore[arg-type]
+    assert list(KINDS).index("score") == 0
