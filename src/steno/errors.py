@@ -30,6 +30,10 @@ class ModelError(StenoError):
     """A model that cannot be found, loaded or hosted."""
 
 
+class UnknownModel(ModelError, BadArgument):
+    """A model name, path or file that does not exist or is none."""
+
+
 class ChecksumError(ModelError):
     """A downloaded file whose SHA-256 is not the pinned one."""
 

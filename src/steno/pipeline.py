@@ -89,6 +89,8 @@ class RecipePolicy:
         if self.selector is not None:
             dense += -(-2 * dim * size // PAGE_TOKENS)  # its share of the page's key bounds
         fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
+        if self.selector is not None:
+            fixed += heads * 2 * dim * size  # the bounds of a page that is not full
         room = layer_bytes - fixed
         if self.page_format is None:
             slots = 8 if self.evictor is not None else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import warnings
 from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from typing import Any, Protocol, cast, final
@@ -227,8 +228,10 @@ def _nodes(chain: str) -> list[ast.expr]:
     if not chain.strip():
         raise RecipeError("a recipe needs a stage: name a method, or write `full` for the whole cache.")
     try:
-        node = ast.parse(chain.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what the parser only warns of, such as `1or 2`, is an error here
+            node = ast.parse(chain.strip(), mode="eval").body
+    except (Warning, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if any(not part.strip() for part in chain.split("|")):
             raise RecipeError(f"a recipe must not have an empty stage; got {shown(chain)}.") from None
         reason = " ".join(str(error.msg if isinstance(error, SyntaxError) else "invalid text").split())

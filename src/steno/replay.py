@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steno.cache.layer import ReplayedLayer
 from steno.errors import PromptError
+from steno.kernels.attention.mass import max_attention
+from steno.kernels.attention.prefill import attention_and_lse
 from steno.methods.score.kvzip import FIRST_PROMPT, NEXT_PROMPT, KVzip, reconstruction_mass
 from steno.models.kvcache import KVCache
-from steno.types import LayerKV
 
 MIN_CHUNK_TOKENS = 256
 
@@ -45,29 +47,13 @@ def replay_context(
         request += tokenizer.encode(after, add_special_tokens=False)
         first, last = num_prefix_tokens + a, num_prefix_tokens + b
 
-        def observe(
-            layer_idx: int,
-            queries: Tensor,
-            kv: LayerKV,
-            own_keys: Tensor,
-            scale: float,
-            softcap: float | None,
-            first: int = first,
-            last: int = last,
-        ) -> None:
-            mass = reconstruction_mass(
-                queries,
-                kv.keys[:, first:last],
-                kv.keys[:, :num_prefix_tokens],
-                own_keys,
-                scaling=scale,
-                softcap=softcap,
-            )
-            whole = masses[layer_idx]
+        def observe(view: ReplayedLayer, first: int = first, last: int = last) -> None:
+            whole = masses[view.layer_idx]
             if whole is None:
-                whole = masses[layer_idx] = mass.new_zeros(mass.shape[0], kv.num_tokens)
+                whole = view.queries.new_zeros(view.kv.num_kv_heads, view.kv.num_tokens, dtype=torch.float32)
                 whole[:, :num_prefix_tokens] = torch.inf
-            whole[:, first:last] = mass
+                masses[view.layer_idx] = whole
+            whole[:, first:last] = _chunk_mass(view, num_prefix_tokens, first, last)
 
         inputs = torch.tensor([request + context[a:b]], dtype=torch.long, device=model.device)
         with cache.replaying(observe), torch.inference_mode():
@@ -75,6 +61,23 @@ def replay_context(
         if progress is not None:
             progress(done + 1, len(chunks))
     return [mass for mass in masses if mass is not None]
+
+
+def _chunk_mass(view: ReplayedLayer, num_prefix_tokens: int, first: int, last: int) -> Tensor:
+    """Largest attention `[Hkv, last - first]` that the tokens of a chunk receive in one layer of its replay.
+
+    The softmax runs over the prefix, the chunk and the replay itself, not over other chunks.
+    """
+    chunk, prefix = view.kv.keys[:, first:last], view.kv.keys[:, :num_prefix_tokens]
+    if view.past_lse is None or view.own_lse is None:
+        return reconstruction_mass(
+            view.queries, chunk, prefix, view.own_keys, scaling=view.scale, softcap=view.softcap
+        )
+    past_lse = view.past_lse
+    if last - first + num_prefix_tokens < view.kv.num_tokens:
+        part = torch.cat([prefix, chunk], dim=1)[None]
+        past_lse = attention_and_lse(view.queries[None], part, part, scale=view.scale, causal=False)[1][0]
+    return max_attention(view.queries, chunk, torch.logaddexp(past_lse, view.own_lse), scale=view.scale)
 
 
 def _chunk_size(num_tokens: int, method: KVzip, max_positions: int | None) -> int:

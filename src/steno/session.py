@@ -218,6 +218,8 @@ class Context:
             raise PromptError("the question is empty.")
         if max_new_tokens < 1:
             raise PromptError(f"`max_new_tokens` must be >= 1; got max_new_tokens={max_new_tokens}.")
+        if isinstance(stop, str) or not all(stop):
+            raise PromptError(f"`stop` must be a list of strings, none of them empty; got stop={stop!r}.")
         lm = self.lm
         body = lm.tokenizer.encode(question, add_special_tokens=False, split_special_tokens=True)
         new = lm.tokenize(lm.template.between) + list(body) + lm.tokenize(lm.template.after + answer_prefix)
@@ -235,7 +237,7 @@ class Context:
         return with_text(steps, self._detokenize, end_tokens=lm.end_tokens, stop=stop)
 
     def _detokenize(self, ids: Sequence[int]) -> str:
-        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _check_budget(recipe: Recipe, num_tokens: int) -> str:

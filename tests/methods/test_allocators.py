@@ -56,7 +56,8 @@ def test_adakv_by_hand() -> None:
 
 def test_adakv_unequal_protection_still_sums_up() -> None:
     scores = torch.tensor([[torch.inf] * 6 + [1, 2, 3, 4], [9.0] * 10])
-    assert sum(counts(AdaKV(), scores, 5)) == 10 and counts(AdaKV(), scores, 5)[0] >= 6
+    assert sum(counts(AdaKV(), scores, 5)) == 10
+    assert counts(AdaKV(), scores, 5)[0] >= 6
     assert counts(AdaKV(), torch.full((2, 6), torch.inf), 4) == [4, 4]
 
 
@@ -76,7 +77,8 @@ def test_pyramidkv_falls_and_exceeds_within_its_bound(
     num_tokens = max(2 * past, past + window) + extra
     budgets = layer_budgets(beta, num_tokens, window, past + window, num_layers)
     assert budgets == sorted(budgets, reverse=True)
-    assert window <= budgets[-1] and budgets[0] <= num_tokens
+    assert window <= budgets[-1]
+    assert budgets[0] <= num_tokens
     excess = sum(budgets) - num_layers * (past + window)
     assert 0 <= excess <= num_layers * (num_layers - 2) / 2
 

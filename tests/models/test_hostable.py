@@ -32,7 +32,6 @@ def test_hostable(architecture):
         ("Bert", SIZES | HEADS, r"BertLMHeadModel \(bert\) is not a causal language model"),
         ("Mamba", SIZES, r"\(mamba\) keeps a recurrent state"),
         ("Bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2}, "attention registry"),
-        ("Llama4Text", SIZES | HEADS, "layers of the kind chunked_attention"),
     ],
 )
 def test_not_hostable(architecture, sizes, reason):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,14 +19,34 @@ from steno.cache.policy import LayerPolicy
 from steno.cache.segment import HeadKV, owned
 from steno.cache.slots import SlotRows
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
-from steno.kernels.attention.prefill import causal_attention
+from steno.kernels.attention import merge_attention
+from steno.kernels.attention.prefill import attention_and_lse, causal_attention
 from steno.types import LayerKV, Need, Rope
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
 
-ReplayObserver = Callable[[int, Tensor, LayerKV, Tensor, float, float | None], None]
-"""Called with (layer_idx, queries [H, T, D], the prompt, own keys [Hkv, T, D], scale, softcap)."""
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReplayedLayer:
+    """One layer of a pass that replays the context.
+
+    queries `[H, T, D]` and own_keys `[Hkv, T, D]` of the pass; kv: the prompt. past_lse, own_lse `[H, T]` fp32: log-sum-exp
+    of the attention to the prompt and of the causal attention to the pass itself; None under a soft cap or sinks.
+    """
+
+    layer_idx: int
+    queries: Tensor
+    own_keys: Tensor
+    kv: LayerKV
+    scale: float
+    softcap: float | None
+    past_lse: Tensor | None = None
+    own_lse: Tensor | None = None
+
+
+ReplayObserver = Callable[[ReplayedLayer], None]
 
 
 @dataclass(kw_only=True)
@@ -119,6 +140,7 @@ class LayerCache(CacheLayerMixin):
     def prefetch(self) -> None:
         raise CacheError("steno's cache has no offloading to another device; use a recipe with a smaller budget.")
 
+    @torch.inference_mode(False)
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens; as in transformers, the count is negative."""
         if tokens_to_remove > 0:
@@ -126,16 +148,24 @@ class LayerCache(CacheLayerMixin):
         count = -tokens_to_remove
         if count == 0 or not self.row_seen:
             return
-        if count > min(self.row_seen):
-            raise BadArgument(f"crop must remove at most {min(self.row_seen)} tokens, the shortest row; got {count}.")
+        self.check_crop(count)
         if self.content is None:
-            if any(o.num_seen for o in self._observers) and self.policy.needs:
-                raise CacheError("cannot crop while the prompt is read: what was observed of it cannot be taken back.")
             self._prompt = [(k[:, :-count], v[:, :-count]) for k, v in self._prompt]
         else:
             self.content.crop(count, self.row_seen)
         self.seen -= count
         self.row_seen = [n - count for n in self.row_seen]
+
+    def check_crop(self, count: int) -> None:
+        """Raises if the newest `count` tokens cannot be removed; changes nothing."""
+        if count > min(self.row_seen, default=0):
+            raise BadArgument(
+                f"crop must remove at most {min(self.row_seen, default=0)} tokens, the shortest row; got {count}."
+            )
+        if self.content is not None:
+            self.content.check_crop(count, self.row_seen)
+        elif any(o.num_seen for o in self._observers) and self.policy.needs:
+            raise CacheError("cannot crop while the prompt is read: what was observed of it cannot be taken back.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx.tolist())
@@ -147,15 +177,17 @@ class LayerCache(CacheLayerMixin):
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._select(rows.tolist())
 
+    @torch.inference_mode(False)
     def _select(self, rows: list[int]) -> None:
         if not self.row_seen or rows == list(range(len(self.row_seen))):
             return
         self.row_seen = [self.row_seen[r] for r in rows]
         self._prompt = [self._prompt[r] for r in rows] if self._prompt else []
-        self._observers = [self._observers[r] for r in rows] if self._observers else []
+        self._observers = [copy(self._observers[r]) for r in rows] if self._observers else []
         if self.content is not None:
             self.content = self.content.select(rows)
 
+    @torch.inference_mode(False)
     def fork(self, reading: Reading, meter: Meter) -> LayerCache:
         """A layer that shares the segments of this one and can go its own way."""
         if self.content is None and self.row_seen:
@@ -177,6 +209,8 @@ class LayerCache(CacheLayerMixin):
 
     # attention
 
+    @torch.inference_mode(False)  # buffers of inference mode could not be written outside of it
+    @torch.no_grad()
     def attend(
         self,
         q: Tensor,
@@ -188,7 +222,7 @@ class LayerCache(CacheLayerMixin):
     ) -> Tensor:
         """Takes the pending keys and values in and attends causally: q `[B, H, T, D]` to `[B, H, T, D]`.
 
-        counts: real tokens per row when the batch is padded on the left, otherwise None. Output of padding is zero.
+        counts: real tokens per row when the batch is padded on the left, otherwise None. Output of padding means nothing.
         """
         if self._pending is None:
             raise CacheError("attend must follow update; this layer got no new keys and values.")
@@ -322,14 +356,28 @@ class LayerCache(CacheLayerMixin):
         if len(self._prompt) != 1:
             raise CacheError(f"a replay needs one row whose prompt is still dense; the cache has {len(self._prompt)}.")
         keys, values = self._prompt[0]
-        kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
-        observer(self.layer_idx, q[0], kv, k[0], scale, softcap)
-        all_keys, all_values = torch.cat([keys, k[0]], dim=1), torch.cat([values, v[0]], dim=1)
         self.meter.touch(2 * k.numel() * k.element_size())
-        return causal_attention(q, all_keys[None], all_values[None], scale=scale, softcap=softcap, sinks=sinks)
+        view = ReplayedLayer(
+            layer_idx=self.layer_idx,
+            queries=q[0],
+            own_keys=k[0],
+            kv=LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device)),
+            scale=scale,
+            softcap=softcap,
+        )
+        if softcap is not None or sinks is not None:
+            observer(view)
+            all_keys, all_values = torch.cat([keys, k[0]], dim=1), torch.cat([values, v[0]], dim=1)
+            return causal_attention(q, all_keys[None], all_values[None], scale=scale, softcap=softcap, sinks=sinks)
+        past, past_lse = attention_and_lse(q, keys[None], values[None], scale=scale, causal=False)
+        own, own_lse = attention_and_lse(q, k, v, scale=scale, causal=True)
+        observer(replace(view, past_lse=past_lse[0], own_lse=own_lse[0]))
+        return merge_attention([past, own], [past_lse, own_lse])[0]
 
     # the end of the prompt
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def compress(self, replay_mass: Tensor | None) -> None:
         """Turns the prompt, dense until now, into what the recipe keeps. replay_mass: `[Hkv, S]` for methods that need it."""
         prompts, observers = self._prompt, self._observers

@@ -33,10 +33,6 @@ class PagedRows:
     def num_kv_heads(self) -> int:
         return self.tail.keys.shape[1]
 
-    @property
-    def can_roll_back(self) -> bool:
-        return True
-
     def held_tokens(self) -> list[list[int]]:
         """Held tokens `[B][Hkv]`."""
         heads = self.num_kv_heads
@@ -96,6 +92,7 @@ class PagedRows:
                 row.push(self._encode(list(zip(keys, values, strict=True))))
                 changed = True
         if changed:
+            self.tail.shrink()
             self._table = self._build_table()
 
     def _encode(self, heads: list[HeadKV]) -> DenseSegment | PagedSegment:
@@ -184,14 +181,17 @@ class PagedRows:
                 span += len(row.segments) + 1
         return table.with_page_ids(page_ids)
 
-    def crop(self, count: int, seen: list[int]) -> None:
-        """Removes the newest `count` tokens of every row; `seen`: the logical lengths before."""
+    def check_crop(self, count: int, seen: list[int]) -> None:
+        """Raises CacheError if a compressed prompt stands in the way; `seen`: the logical lengths before."""
         for row, n in zip(self.rows, seen, strict=True):
             if row.kept is not None and n - count < row.prompt_tokens:
                 raise CacheError(
                     f"crop must leave the compressed prompt of {row.prompt_tokens} tokens whole, since tokens that were "
                     f"dropped cannot come back; got {n} - {count}. Read the prompt again."
                 )
+
+    def crop(self, count: int, seen: list[int]) -> None:
+        """Removes the newest `count` tokens of every row; the owner has called `check_crop`."""
         changed = False
         for b, row in enumerate(self.rows):
             missing = count - self.tail.lengths[b]

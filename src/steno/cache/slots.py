@@ -120,10 +120,6 @@ class SlotRows:
     def __init__(self, rows: list[SlotRow], seen: list[int], evictor: Evictor, head_dim: int) -> None:
         self.rows, self.seen, self.evictor, self.head_dim = rows, seen, evictor, head_dim
 
-    @property
-    def can_roll_back(self) -> bool:
-        return False
-
     def held_tokens(self) -> list[list[int]]:
         """Held tokens `[B][Hkv]`."""
         return [row.lengths() for row in self.rows]
@@ -202,14 +198,18 @@ class SlotRows:
         blocks = self.rows[b].blocks
         return [block.positions[h, : block.length].long() for block in blocks for h in range(block.num_heads)]
 
+    def check_crop(self, count: int, seen: list[int]) -> None:
+        """Raises CacheError if the newest `count` tokens have already had an effect on what is held."""
+        dropped = any(row.evicted_at > n - count for row, n in zip(self.rows, seen, strict=True))
+        if dropped or self.evictor.needs_weights:
+            reason = "dropped others" if dropped else "counted their attention"
+            raise CacheError(
+                f"cannot roll back {count} tokens: a method that evicts while it decodes has {reason} since. "
+                "Speculative decoding needs a recipe that does not evict while decoding."
+            )
+
     def crop(self, count: int, seen: list[int]) -> None:
-        """Removes the newest `count` tokens of every row, as long as nothing was evicted since they came."""
-        for b, row in enumerate(self.rows):
-            if row.evicted_at > seen[b] - count:
-                raise CacheError(
-                    f"cannot roll back {count} tokens: a method that evicts while it decodes has dropped others since. "
-                    "Speculative decoding needs a recipe that does not evict while decoding."
-                )
+        """Removes the newest `count` tokens of every row; the owner has called `check_crop`."""
         for b, row in enumerate(self.rows):
             self.seen[b] = seen[b] - count
             for block in row.blocks:

@@ -61,6 +61,12 @@ class Tail:
         self.keys, self.values = keys, values
         return True
 
+    def shrink(self) -> None:
+        """Gives back what a long turn had needed: keeps the fewest whole quanta that hold the longest row, at least one."""
+        wanted = max(1, -(-max(self.lengths) // self.quantum)) * self.quantum
+        if wanted < self.capacity:
+            self.keys, self.values = self.keys[:, :, :wanted].clone(), self.values[:, :, :wanted].clone()
+
     def take(self, row: int, count: int) -> tuple[Tensor, Tensor]:
         """Removes the oldest `count` tokens of a row and returns them, `[Hkv, count, D]` each."""
         keys, values = self.keys[row, :, :count].clone(), self.values[row, :, :count].clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steno.decode.sampler import Sampler
+from steno.errors import BadArgument
 
 Proposer = Callable[[Sequence[int]], list[int]]
 """Called with all tokens so far; returns draft tokens for the next positions, maybe none."""
@@ -55,7 +56,10 @@ def decode_steps(
     proposer is. An end token is committed and ends the loop. Closing the generator leaves the cache consistent.
     """
     tokens = list(history) + list(new_tokens)
+    if not new_tokens:
+        raise BadArgument("`new_tokens` must hold at least one token to continue from; got none.")
     pending, drafts = list(new_tokens), list[int]()
+    drafting = proposer is not propose_nothing
     made = nfe = 0
     while made < max_new_tokens:
         inputs = torch.tensor([pending + drafts], dtype=torch.long, device=model.device)
@@ -65,15 +69,16 @@ def decode_steps(
             ).logits[0]  # [K + 1, V]
         nfe += 1
         accepted = _accept(logits, drafts, tokens, sampler, end_tokens, max_new_tokens - made)
-        rejected = len(drafts) - (len(accepted) - 1)
-        if rejected:
-            cache.crop(-rejected)
+        if nfe > 1 and drafting:
+            cache.crop(len(accepted) - 1 - len(drafts))  # 0 too: layers that record the past let go of it then
         made += len(accepted)
         logprobs = logits[: len(accepted)].float().log_softmax(-1) if keep_logprobs else None
         yield Step(token_ids=tuple(accepted), logprobs=logprobs, num_draft_tokens=len(drafts), nfe=nfe)
         if accepted[-1] in end_tokens:
             return
-        pending, drafts = [accepted[-1]], proposer(tokens)
+        if nfe == 1 and drafting:
+            cache.activate_past_recording()
+        pending, drafts = [accepted[-1]], proposer(tokens)[: max_new_tokens - made - 1]
 
 
 def _accept(

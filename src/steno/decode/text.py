@@ -19,8 +19,9 @@ def with_text(
     sign of an incomplete one.
     """
     ids: list[int] = []
-    shown = 0
+    shown = nfe = 0
     for step in steps:
+        nfe = step.nfe
         ids += [t for t in step.token_ids if t not in end_tokens]
         text = detokenize(ids)
         ended = any(t in end_tokens for t in step.token_ids)
@@ -35,13 +36,12 @@ def with_text(
     # a limit on tokens may have come while text was held back
     rest = detokenize(ids)[shown:]
     if rest:
-        yield Step(token_ids=(), text=rest, nfe=0)
+        yield Step(token_ids=(), text=rest, nfe=nfe)
 
 
 def _ready(text: str, stop: Sequence[str]) -> int:
     """How much of `text` can be shown for good."""
-    if text.endswith("\ufffd"):
-        return len(text.rstrip("\ufffd"))
+    text = text.rstrip("\ufffd")
     held = 0
     for s in stop:
         for n in range(min(len(s) - 1, len(text)), held, -1):

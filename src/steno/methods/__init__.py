@@ -1,4 +1,4 @@
-"""The methods, one table per kind. A class that is listed here can be used in recipes and is tested by the contracts."""
+"""The methods, one table per kind. What is listed here can stand in a recipe and is tested by the contracts."""
 
 from __future__ import annotations
 
@@ -36,18 +36,35 @@ METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **QUANTI
 __all__ = [
     "ACCESSORS",
     "ALLOCATORS",
+    "H2O",
     "KINDS",
+    "KIVI",
     "MERGERS",
     "METHODS",
     "QUANTIZERS",
     "SCORERS",
+    "TOVA",
     "Access",
+    "AdaKV",
+    "All",
     "Allocator",
+    "Evict",
     "Evictor",
+    "ExpectedAttention",
+    "Int2",
+    "Int4",
+    "Int8",
+    "KVzip",
+    "KeyDiff",
     "Merger",
     "Method",
+    "PyramidKV",
     "Quantizer",
+    "Quest",
     "Scorer",
+    "SnapKV",
+    "StreamingLLM",
+    "Uniform",
     "describe_methods",
 ]
 

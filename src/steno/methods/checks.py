@@ -20,13 +20,12 @@ def require_int(name: str, value: object, low: int, high: int = MAX_INT) -> None
         raise BadArgument(f"`{name}` must be <= {high}; got {name}={shown(value)}.")
 
 
-def require_real(name: str, value: object, low: float, high: float = math.inf) -> None:
+def require_real(name: str, value: object, low: float, high: float) -> None:
     """Raise BadArgument unless `value` is a finite int or float (not a bool) in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value in (math.inf, -math.inf):
         raise BadArgument(f"`{name}` must be a finite number; got {name}={shown(value)}.")
-    if not low <= value <= high:
-        span = f">= {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise BadArgument(f"`{name}` must be {span}; got {name}={shown(value)}.")
+    if not low <= value <= high:  # NaN is in no range
+        raise BadArgument(f"`{name}` must be between {low:g} and {high:g}; got {name}={shown(value)}.")
 
 
 def require_bool(name: str, value: object) -> None:

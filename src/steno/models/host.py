@@ -86,8 +86,6 @@ def _padding(mask: Tensor, q_length: int, q_offset: int) -> tuple[list[int] | No
         return None, ""
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
         return None, "its attention mask has padding or holes after the first token, and only left padding is supported"
-    if not bool(mask[:, -1].all()):
-        return None, "a row of the batch is all padding"
     new = mask[:, q_offset:].sum(1).tolist()
     return (None if min(new) == q_length else new), ""
 
@@ -150,8 +148,7 @@ def _attend_cache(
         raise UnsupportedAttention(f"{where}: unknown argument of attention: {', '.join(sorted(unknown))}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     counts = mask.counts if mask is not None else None
-    with torch.no_grad():
-        out = layer.attend(query, counts, scale=scale, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    out = layer.attend(query, counts, scale=scale, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out.transpose(1, 2).contiguous()

@@ -102,7 +102,7 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A cache that shares everything held and goes its own way; costs the copy of the tails."""
-        twin = KVCache(self.config, self.recipe)
+        twin = KVCache(self.config, self.recipe, prompt_tokens=self.reading.prompt_tokens)
         twin.layers = [
             layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
             for layer in self.layers
@@ -121,6 +121,14 @@ class KVCache(Cache):
             for i, layer in others.items():
                 self.layers[i] = layer
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest tokens of every layer, or of none; as in transformers, the count is negative."""
+        if tokens_to_remove < 0 and self.seen_tokens:
+            for layer in self.own_layers:
+                layer.check_crop(-tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, LayerCache)):  # ours were checked
+            layer.crop(tokens_to_remove)
+
     def compress(self, replay_mass: list[Tensor] | None = None) -> None:
         """Ends the reading of the prompt now, layer by layer. replay_mass: `[Hkv, S]` per layer, for methods that replay."""
         for i, layer in enumerate(self.own_layers):
@@ -138,8 +146,9 @@ class KVCache(Cache):
 
     @property
     def kv_bytes_peak(self) -> int:
-        """The most bytes that the layers under the recipe ever held, the dense layer in work included."""
-        return max(self.meter.peak_bytes, self.meter.held_bytes)
+        """The most bytes that the layers under the recipe ever held, the dense layer in work included, and the others hold."""
+        held = self.kv_bytes  # brings the meter up to date
+        return held - self.meter.held_bytes + self.meter.peak_bytes
 
     @property
     def kv_bytes_full(self) -> int:

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from steno.errors import BadArgument, ModelError, UnsupportedAttention, nearest
+from steno.errors import BadArgument, ModelError, UnknownModel, UnsupportedAttention, nearest
 from steno.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, embedded_folder
 from steno.models.folder_cache import Notify, default_cache_dir, print_notice
 from steno.models.gguf_file import gguf_folder
@@ -38,6 +38,11 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 })  # fmt: skip
+
+HOSTED_LAYERS = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "moe", "mlp"}
+)
+"""Kinds of layers that a cache can hold: the first under a recipe, the others as transformers' own."""
 
 
 @final
@@ -135,7 +140,7 @@ def check_hostable(model: PreTrainedModel) -> None:
     transformers' attention registry.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - HOSTED_LAYERS
     causal = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
     if model.config.is_encoder_decoder:
         reason = "is an encoder-decoder"
@@ -162,20 +167,20 @@ def _resolve(source: str | Path, cache_dir: Path, notify: Notify) -> tuple[str |
     path = Path(source).expanduser()
     if str(source) and path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(
+            raise UnknownModel(
                 f"{path} holds no config.json; give a folder that `save_pretrained` wrote, or a .gguf file."
             )
         return path, path.resolve().name
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"a model file must end in .gguf; got {path}; give its folder, or a GGUF file.")
+            raise UnknownModel(f"a model file must end in .gguf; got {path}; give its folder, or a GGUF file.")
         return gguf_folder(path, cache_dir=cache_dir, notify=notify), path.stem
     text = str(source)
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not text.endswith(".gguf"):
         return text, text
     if isinstance(source, Path) or "/" in text or "\\" in text or text.startswith("~") or text.endswith(".gguf"):
-        raise ModelError(f"no such file or folder: {path}; check the path, or give a name such as {DEFAULT_MODEL!r}.")
-    raise ModelError(
+        raise UnknownModel(f"no such file or folder: {path}; check the path, or give a name such as {DEFAULT_MODEL!r}.")
+    raise UnknownModel(
         f"unknown model {text!r}; {nearest(text, EMBEDDED_MODELS)} A local folder, a .gguf file or a Hugging Face id "
         "`org/name` can be given too."
     )

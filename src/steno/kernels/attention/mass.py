@@ -49,3 +49,21 @@ def _softmax(q: Tensor, k: Tensor, last_seen: Tensor, scale: float, softcap: flo
         x = x.div_(softcap).tanh_().mul_(softcap)
     hidden = torch.arange(k.shape[1], device=q.device) > last_seen[:, None]  # [T, S]
     return x.masked_fill_(hidden, -torch.inf).softmax(dim=2)
+
+
+def max_attention(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, block: int = 512) -> Tensor:
+    """The largest attention weight that each key gets from any query: `max_q exp(scale * q.k - lse_q)`.
+
+    q: `[H, T, D]`; k: `[Hkv, S, D]`; lse: `[H, T]`, the log-sum-exp of the softmax that the weights belong to, which may
+    run over more keys than these. Returns `[Hkv, S]` fp32, the maximum over the queries of the group too.
+    """
+    num_kv_heads, num_keys, dim = k.shape
+    # one more channel carries -lse, so that a product and a maximum are all there is to do
+    queries = torch.cat([q.float() * scale, -lse.float()[..., None]], dim=-1).reshape(num_kv_heads, -1, dim + 1)
+    keys = torch.cat([k.float(), k.new_ones(num_kv_heads, num_keys, 1, dtype=torch.float32)], dim=-1)
+    best = torch.full((num_kv_heads, num_keys), -torch.inf, device=q.device)
+    for head in range(num_kv_heads):
+        for start in range(0, queries.shape[1], block):
+            logits = keys[head] @ queries[head, start : start + block].T  # [S, block]
+            torch.maximum(best[head], logits.amax(-1), out=best[head])
+    return best.exp_()

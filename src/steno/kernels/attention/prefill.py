@@ -1,10 +1,12 @@
-"""Attention of many queries over dense keys: PyTorch's SDPA in blocks of queries, never a T×T mask."""
+"""Attention of many queries over dense keys: PyTorch's flash kernels in parts, never a T×T mask."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from steno.kernels.attention.merge import merge_attention
 
 QUERY_BLOCK = 512
 
@@ -27,24 +29,42 @@ def causal_attention(
     return torch.cat(blocks, dim=2)
 
 
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of T queries over S keys with its log-sum-exp, by PyTorch's flash kernel for CPUs where it can.
+
+    q: `[B, H, T, D]`; k, v: `[B, Hkv, S, D]`; causal: S = T and query t sees keys `0 .. t`; otherwise all keys.
+    Returns out `[B, H, T, D]` in q's dtype and log-sum-exp `[B, H, T]` fp32.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float64:
+        # the operator behind SDPA on a CPU; SDPA itself does not hand out the log-sum-exp
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse.float()
+    outs, lses = [], []
+    for a in range(0, q.shape[2], QUERY_BLOCK):
+        block = q[:, :, a : a + QUERY_BLOCK]
+        end = a + block.shape[2] if causal else k.shape[2]
+        grouped = block.reshape(q.shape[0], k.shape[1], -1, block.shape[2], q.shape[3])  # [B, Hkv, G, T, D]
+        logits = torch.einsum("bkgtd,bksd->bkgts", grouped, k[:, :, :end]).float() * scale
+        if causal:
+            logits.masked_fill_(torch.ones(block.shape[2], end, dtype=torch.bool, device=q.device).triu_(a + 1), -torch.inf)
+        out = torch.einsum("bkgts,bksd->bkgtd", logits.softmax(-1).to(v.dtype), v[:, :, :end])
+        outs.append(out.reshape(block.shape))
+        lses.append(logits.logsumexp(-1).reshape(block.shape[:3]))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     num_new, num_keys = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if num_new == num_keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=num_new > 1, scale=scale, enable_gqa=gqa)
-    past, blocks = num_keys - num_new, []
-    for a in range(0, num_new, QUERY_BLOCK):
-        block = q[:, :, a : a + QUERY_BLOCK]
-        end = past + a + block.shape[2]
-        mask = None
-        if block.shape[2] > 1:
-            mask = torch.ones(block.shape[2], end, dtype=torch.bool, device=q.device).tril_(past + a)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                block, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=gqa
-            )
-        )
-    return torch.cat(blocks, dim=2)
+    past = num_keys - num_new
+    # two parts without a mask, the past and the new tokens among themselves, are faster than one with a mask
+    parts = [
+        attention_and_lse(q, k[:, :, :past], v[:, :, :past], scale=scale, causal=False),
+        attention_and_lse(q, k[:, :, past:], v[:, :, past:], scale=scale, causal=True),
+    ]
+    return merge_attention([out for out, _ in parts], [lse for _, lse in parts])[0]
 
 
 def _explicit(

@@ -62,13 +62,14 @@ struct Partial {
 // Working memory of one thread.
 struct Scratch {
     float *q;       // [num_vectors][padded_dim], scaled
-    float *logits;  // [kMaxBlock][kPageTokens]
+    float *logits;  // [kMaxBlock][kBatch][kPageTokens]
     float *coef;    // [kMaxDirect][groups][rows], at most kMaxDirect * 4 * padded_dim
     float *bias;    // [kMaxDirect][groups]
     float *keys;    // [padded_dim][kPageTokens]
     float *values;  // [kPageTokens][padded_dim]
 };
 constexpr int kMaxBlock = 6;   // query vectors that a kernel takes at a time
+constexpr int kBatch = 4;      // pages that share one step of the running softmax
 constexpr int kMaxDirect = 4;  // up to here pages are decoded in registers, beyond once into scratch
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

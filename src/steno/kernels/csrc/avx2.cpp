@@ -23,6 +23,7 @@ constexpr int kAccumulators = 6;
 
 inline F load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float *p, F x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
+inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -37,7 +38,7 @@ inline F round(F x) {
 inline __m256 pow2_of(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-inline F pow2(F n) { return {pow2_of(n.lo), pow2_of(n.hi)}; }
+inline F times_pow2(F x, F n) { return {_mm256_mul_ps(x.lo, pow2_of(n.lo)), _mm256_mul_ps(x.hi, pow2_of(n.hi))}; }
 inline F abs_of(F x) {
     const __m256 sign = _mm256_set1_ps(-0.f);
     return {_mm256_andnot_ps(sign, x.lo), _mm256_andnot_ps(sign, x.hi)};

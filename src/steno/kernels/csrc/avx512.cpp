@@ -19,6 +19,7 @@ constexpr int kAccumulators = 24;
 
 inline F load(const float *p) { return _mm512_loadu_ps(p); }
 inline void store(float *p, F x) { _mm512_storeu_ps(p, x); }
+inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 inline F set1(float x) { return _mm512_set1_ps(x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -27,7 +28,7 @@ inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F pow2(F n) { return _mm512_scalef_ps(set1(1.f), n); }
+inline F times_pow2(F x, F n) { return _mm512_scalef_ps(x, n); }
 inline F abs_of(F x) { return _mm512_abs_ps(x); }
 inline F with_sign_of(F x, F sign) { return _mm512_or_ps(x, _mm512_and_ps(sign, set1(-0.f))); }
 inline float hsum(F x) { return _mm512_reduce_add_ps(x); }

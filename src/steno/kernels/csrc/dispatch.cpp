@@ -125,7 +125,7 @@ struct Worker {
         for (Partial *x : {&kept[0], &kept[1], &whole})
             *x = {arena.take(vectors), arena.take(vectors * kLanes), arena.take(vectors * dim)};
         scratch.q = arena.take(vectors * dim);
-        scratch.logits = arena.take(kMaxBlock * kPageTokens);
+        scratch.logits = arena.take(kMaxBlock * kBatch * kPageTokens);
         scratch.coef = arena.take(kMaxDirect * 4 * dim);
         scratch.bias = arena.take(kMaxDirect * std::max<int64_t>(4, dim / kLanes));
         scratch.keys = arena.take(dim * kPageTokens);

@@ -9,12 +9,14 @@ struct Operand {
     int64_t blocks;
     int64_t groups;
     uint64_t group_inverse;  // 2^32 over the blocks of a group, rounded up: a division would cost as much as ten rows
+    int64_t next_codes;      // how far away the matrix that comes next lies, in bytes and in numbers
+    int64_t next_params;
     int64_t group_of(int64_t block) const { return static_cast<int64_t>(block * group_inverse >> 32); }
     int64_t coef_rows() const { return (rows + kLanes - 1) & ~int64_t{kLanes - 1}; }
 };
 
 inline Operand plain_operand(int64_t format, const void *numbers, int64_t rows, int64_t blocks) {
-    return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0};
+    return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0, 0, 0};
 }
 
 inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
@@ -22,10 +24,14 @@ inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
 }
 
 // Decoders: decode<N>(index, x) reads the blocks index .. index + N - 1, with kAligned index is a multiple of N.
-// kRows<N>: rows of N blocks each that make a line, so that their places in it are known when this is compiled.
+// kRows<N>: rows of N blocks to take at once, such that their places in a line are known when this is compiled;
+// kStepBytes<N>: what they occupy.
 struct Floats {
+    static constexpr bool kQuantized = false;
     template <int N>
     static constexpr int kRows = 2;
+    template <int N>
+    static constexpr int kStepBytes = kRows<N> * N * 64;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
@@ -34,8 +40,11 @@ struct Floats {
 };
 
 struct Bfloats {
+    static constexpr bool kQuantized = false;
     template <int N>
     static constexpr int kRows = 2;
+    template <int N>
+    static constexpr int kStepBytes = kRows<N> * N * 32;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
@@ -44,8 +53,11 @@ struct Bfloats {
 };
 
 struct Halves {
+    static constexpr bool kQuantized = false;
     template <int N>
     static constexpr int kRows = 2;
+    template <int N>
+    static constexpr int kStepBytes = kRows<N> * N * 32;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
@@ -54,8 +66,11 @@ struct Halves {
 };
 
 struct Bytes {
+    static constexpr bool kQuantized = true;
     template <int N>
     static constexpr int kRows = 2;
+    template <int N>
+    static constexpr int kStepBytes = kRows<N> * N * 16;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
@@ -65,9 +80,12 @@ struct Bytes {
 
 template <int kBits>
 struct Fields {
+    static constexpr bool kQuantized = true;
     static constexpr int kPerLine = 32 / kBits;
     template <int N>
     static constexpr int kRows = kPerLine / N < 4 ? kPerLine / N : 4;
+    template <int N>
+    static constexpr int kStepBytes = kRows<N> * N * 64 / kPerLine;
     const uint8_t *base;
     inline I line(uint64_t index) const { return load_line(base + index / kPerLine * 64); }
     template <int N, bool kAligned>

@@ -21,6 +21,7 @@ inline I as_bits(F x) { return reinterpret_cast<I>(x); }
 
 inline F load(const float *p) { return read<F>(p); }
 inline void store(float *p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+inline void prefetch(const void *p) { __builtin_prefetch(p); }
 inline F set1(float x) { return F{} + x; }
 inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
@@ -30,7 +31,7 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 inline F select(S mask, F yes, F no) { return as_float((as_bits(yes) & reinterpret_cast<I>(mask)) | (as_bits(no) & ~reinterpret_cast<I>(mask))); }
 inline F max(F a, F b) { return select(a > b, a, b); }
 inline F round(F x) { return (x + 12582912.f) - 12582912.f; }  // 1.5 * 2^23: the sum has no fraction bits
-inline F pow2(F n) { return as_float(reinterpret_cast<I>(__builtin_convertvector(n, S) + 127) << 23); }
+inline F times_pow2(F x, F n) { return x * as_float(reinterpret_cast<I>(__builtin_convertvector(n, S) + 127) << 23); }
 inline F abs_of(F x) { return as_float(as_bits(x) & 0x7fffffffu); }
 inline F with_sign_of(F x, F sign) { return as_float(as_bits(x) | (as_bits(sign) & 0x80000000u)); }
 inline float hsum(F x) {

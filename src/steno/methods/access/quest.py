@@ -1,8 +1,9 @@
-"""Quest: the per-channel minimum and maximum of a page's keys bound what any of its tokens can score; read the best pages.
+"""Quest: the per-channel extremes of a page's keys bound what any of its tokens can score; read the best pages.
 
-Source: Tang, Zhao, Zhu, Xiao, Kasikci, Han, 2024, https://arxiv.org/abs/2406.10774, section 3; the authors' evaluation code.
-Differs: a page holds 64 tokens, the paper's 16; pages are chosen per KV head by the largest bound of its query heads, the paper
-    chooses per query head.
+Source: Tang, Zhao, Zhu, Xiao, Kasikci, Han, 2024, https://arxiv.org/abs/2406.10774, section 3; the authors'
+    evaluation code.
+Differs: a page holds 64 tokens, the paper's 16; pages are chosen per KV head by the largest bound of its query
+    heads, the paper chooses per query head.
 Cost: 4*H*P*D FLOPs per step; two keys per page held beside the pages. Saves reads, not memory.
 """
 
@@ -70,7 +71,7 @@ class Quest:
         return self.page_bounds(queries, key_min[None], key_max[None])[0]
 
     def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
-        """Bounds `[Hkv, P]` fp32 on q.k: queries `[H, D]`, minima and maxima `[Hkv, P, D]`; the largest of each group."""
+        """Bounds `[Hkv, P]` fp32 on q.k: queries `[H, D]`, minima and maxima `[Hkv, P, D]`; max of the group."""
         grouped = queries.float().reshape(key_min.shape[0], -1, queries.shape[-1])  # [Hkv, G, D]
         upper = grouped.clamp(min=0) @ key_max.float().mT + grouped.clamp(max=0) @ key_min.float().mT  # [Hkv, G, P]
         return upper.amax(1)  # [Hkv, P]

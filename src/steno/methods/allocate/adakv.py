@@ -1,8 +1,8 @@
 """Ada-KV: the heads of a layer compete for one budget, so those that spread their attention get more.
 
 Source: Feng, Lv, Cao, Xie, Zhou, 2024, https://arxiv.org/abs/2407.11550, algorithm 1; the authors' code.
-Differs: counts are rounded by largest remainder instead of each by itself, so the layer keeps exactly its budget; heads are KV
-    heads; works on any scorer whose heads can be compared, where the authors fix SnapKV's scores.
+Differs: counts are rounded by largest remainder instead of each by itself, so the layer keeps exactly its budget;
+    heads are KV heads; works on any scorer whose heads can be compared, where the authors fix SnapKV's scores.
 Cost: one sort of Hkv*S scores.
 """
 
@@ -77,7 +77,7 @@ def _winners(scores: Tensor, protected: Tensor, count: int) -> Tensor:
 
 
 def _rounded(shares: list[float], room: list[int], total: int) -> list[int]:
-    """Whole numbers near `shares`, each at most `room`, that sum to `total`: largest remainder, ties to the first head."""
+    """Whole numbers near `shares`, each at most `room`, that sum to `total`: largest remainder, then first head."""
     counts = [min(int(share), space) for share, space in zip(shares, room, strict=True)]
     while (left := total - sum(counts)) > 0:
         open_heads = [head for head, space in enumerate(room) if counts[head] < space]

@@ -1,10 +1,10 @@
 """PyramidKV: lower layers spread their attention, higher layers funnel it, so the budget falls from layer to layer.
 
-Source: Cai, Zhang, Gao, Liu, Li, Liu, Lu, Xiong, Dong, Chang, Hu, Xiao, 2024, https://arxiv.org/abs/2406.02069, section 4;
-    the authors' code.
-Differs: the allocation only, for any scorer, where the paper fixes SnapKV's; the window is what the scorer protects. A model of
-    one layer gets the plain budget. As in the authors' code steps are whole tokens, so all layers together may keep up to
-    (L - 1) / 2 tokens per layer more than the budget.
+Source: Cai, Zhang, Gao, Liu, Li, Liu, Lu, Xiong, Dong, Chang, Hu, Xiao, 2024, https://arxiv.org/abs/2406.02069,
+    section 4; the authors' code.
+Differs: the allocation only, for any scorer, where the paper fixes SnapKV's; the window is what the scorer
+    protects. A model of one layer gets the plain budget. As in the authors' code steps are whole tokens, so all
+    layers together may keep up to (L - 1) / 2 tokens per layer more than the budget.
 Cost: none.
 """
 

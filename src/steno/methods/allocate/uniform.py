@@ -1,6 +1,7 @@
 """Uniform: every head of every layer keeps the same number of tokens.
 
-Source: the rule of most eviction papers; the baseline of Ada-KV, Feng et al., 2024, https://arxiv.org/abs/2407.11550.
+Source: the rule of most eviction papers; the baseline of Ada-KV, Feng et al., 2024,
+    https://arxiv.org/abs/2407.11550.
 Differs: nothing to differ from.
 Cost: none.
 """

@@ -32,5 +32,5 @@ class Evict:
     differs: ClassVar[str] = "Nothing to differ from."
 
     def merge(self, kv: LayerKV, kept: Tensor) -> LayerKV:
-        """The layer as it is: the tokens of `kept` `[Hkv, S]` bool stay what they were, the caller leaves the others out."""
+        """The layer as it is: tokens of `kept` `[Hkv, S]` bool stay what they were, the caller drops the others."""
         return kv

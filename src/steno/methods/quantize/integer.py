@@ -1,8 +1,9 @@
 """Integer pages: 8, 4 or 2 bits with a scale and a minimum per group, keys along time, values along channels.
 
-Source: Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko, 2017, https://arxiv.org/abs/1712.05877, section 2.1 (the
-    affine scheme); the axes are those of KIVI, Liu et al., 2024, https://arxiv.org/abs/2402.02750.
-Differs: the minimum is stored in place of a whole zero point, and the range of each group is its own, not calibrated.
+Source: Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko, 2017, https://arxiv.org/abs/1712.05877, section
+    2.1 (the affine scheme); the axes are those of KIVI, Liu et al., 2024, https://arxiv.org/abs/2402.02750.
+Differs: the minimum is stored in place of a whole zero point, and the range of each group is its own, not
+    calibrated.
 Cost: one pass over the tokens of a page when it closes.
 """
 

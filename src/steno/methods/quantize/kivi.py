@@ -1,8 +1,9 @@
 """KIVI: keys have outlier channels, values do not, so keys share scales along time and values along channels.
 
-Source: Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu, 2024, https://arxiv.org/abs/2402.02750, section 4; the authors' code.
-Differs: keys and values share one dense tail that empties whole when it holds R tokens (the paper's values keep a window of exactly
-    R); groups are taken post-RoPE per KV head; codes are computed with the scales as stored.
+Source: Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu, 2024, https://arxiv.org/abs/2402.02750, section 4; the
+    authors' code.
+Differs: keys and values share one dense tail that empties whole when it holds R tokens (the paper's values keep a
+    window of exactly R); groups are taken post-RoPE per KV head; codes are computed with the scales as stored.
 Cost: one pass over R tokens every R steps.
 """
 

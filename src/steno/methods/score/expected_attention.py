@@ -1,8 +1,9 @@
 """Expected Attention: future queries are roughly Gaussian before rotation, so their mean attention has a closed form.
 
 Source: Devoto, Jeblick, Jegou, 2025, https://arxiv.org/abs/2510.00636; the authors' code in NVIDIA kvpress.
-Differs: `n_sink` first tokens are told by their true positions, and the scale of the logits is the model's own instead of
-    1/sqrt(D). As in the authors' code the rotation is averaged over the future before it is applied to the covariance.
+Differs: `n_sink` first tokens are told by their true positions, and the scale of the logits is the model's own
+    instead of 1/sqrt(D). As in the authors' code the rotation is averaged over the future before it is applied to
+    the covariance.
 Cost: 2*H*S*D*D FLOPs for the quadratic form; one fp32 temporary of G*S*D at a time.
 """
 
@@ -69,7 +70,7 @@ class ExpectedAttention:
         require_int("n_sink", self.n_sink, 0)
         require_bool("covariance", self.covariance)
         require_bool("value_norm", self.value_norm)
-        require_real("eps", self.eps, 0)
+        require_real("eps", self.eps, 0, 1e6)
 
     @property
     def query_window(self) -> int:
@@ -98,7 +99,8 @@ class ExpectedAttention:
 
     def _future_queries(self, kv: LayerKV, obs: Observation) -> tuple[Tensor, Tensor]:
         """Mean `[Hkv, G, D]` and covariance `[Hkv, G, D, D]` of the queries to come, rotated."""
-        assert obs.query_mean is not None and obs.query_cov is not None, "the host gathers QUERY_STATISTICS"
+        assert obs.query_mean is not None, "the host gathers QUERY_STATISTICS"
+        assert obs.query_cov is not None, "the host gathers QUERY_STATISTICS"
         mean, cov = obs.query_mean.float(), obs.query_cov.float() * self.covariance  # [H, D], [H, D, D]
         if obs.rope is not None:
             start = int(kv.positions[-1]) + 1

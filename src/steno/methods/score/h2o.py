@@ -1,10 +1,10 @@
 """H2O: keep the newest tokens and the heavy hitters, those that gathered the most attention so far.
 
-Source: Zhang, Sheng, Zhou, Chen, Zheng, Cai, Song, Tian, Re, Barrett, Wang, Chen, 2023, https://arxiv.org/abs/2306.14048,
-    section 4.
-Differs: the gathered attention is summed over the query heads of a KV head (the authors' code knows only one query head per
-    KV head); heavy and recent are shares of one budget, not of the prompt. As in the paper it is a sum, so early tokens,
-    seen by more queries, are favoured.
+Source: Zhang, Sheng, Zhou, Chen, Zheng, Cai, Song, Tian, Re, Barrett, Wang, Chen, 2023,
+    https://arxiv.org/abs/2306.14048, section 4.
+Differs: the gathered attention is summed over the query heads of a KV head (the authors' code knows only one query
+    head per KV head); heavy and recent are shares of one budget, not of the prompt. As in the paper it is a sum, so
+    early tokens, seen by more queries, are favoured.
 Cost: the column sums of the prompt's attention, which the host gathers in blocks; one sum over G per decode step.
 """
 

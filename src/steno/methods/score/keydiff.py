@@ -1,8 +1,9 @@
 """KeyDiff: keys that point away from the mean direction of their head are the ones that attention picks out.
 
 Source: Park, Jones, Morse, Goel, Lee, Lott, 2025, https://arxiv.org/abs/2504.15364.
-Differs: written from the paper, not from the authors' code (the formula agrees with NVIDIA kvpress); the paper evicts after each
-    block of a long prompt and while decoding, this scores the whole prompt once at its end, and protects no recent window.
+Differs: written from the paper, not from the authors' code (the formula agrees with NVIDIA kvpress); the paper
+    evicts after each block of a long prompt and while decoding, this scores the whole prompt once at its end, and
+    protects no recent window.
 Cost: 3*Hkv*S*D FLOPs; one fp32 copy of the keys.
 """
 
@@ -26,7 +27,8 @@ class KeyDiff:
     kind: ClassVar[str] = "score"
     title: ClassVar[str] = "KeyDiff"
     paper: ClassVar[str] = (
-        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments"
+        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference "
+        "in Resource-Constrained Environments"
     )
     year: ClassVar[int] = 2025
     arxiv: ClassVar[str] = "2504.15364"

@@ -1,10 +1,11 @@
 """KVzip: let the model repeat its context; what it attends to while doing so is what any later question may need.
 
 Source: Kim, Kim, Kwon, Lee, Yun, Song, 2025, https://arxiv.org/abs/2505.23416, section 3; the authors' code.
-Differs: tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; the softmax is
-    computed in fp32; besides the system prefix, which the caller keeps, the first `n_sink` tokens are protected.
-Cost: a second prefill over the context, in chunks, and `reconstruction_mass` per chunk and layer:
-    2*H*Tq*(n + m + Tq)*D FLOPs; one fp32 temporary of G*block*(n + m + Tq) at a time.
+Differs: tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; the
+    softmax is computed in fp32; besides the system prefix, which the caller keeps, the first `n_sink` tokens are
+    protected.
+Cost: a second prefill over the context, in chunks, and `reconstruction_mass` per chunk and layer: 2*H*Tq*(n + m +
+    Tq)*D FLOPs; one fp32 temporary of G*block*(n + m + Tq) at a time.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def reconstruction_mass(
     *,
     scaling: float,
     softcap: float | None = None,
-    block: int = 256,
+    block: int = 128,
 ) -> Tensor:
     """Largest attention `[Hkv, m]` fp32 that each token of a chunk receives while the model repeats it.
 
@@ -110,14 +111,15 @@ def reconstruction_mass(
         Factor on the logits.
     softcap : float or None, default None
         Logits become softcap * tanh(logits / softcap).
-    block : int, default 256 tokens
+    block : int, default 128 tokens
         Queries of one KV head that are computed at a time.
     """
     num_kv_heads, num_sinks, m = own_keys.shape[0], sink_keys.shape[1], chunk_keys.shape[1]
     grouped = queries.reshape(num_kv_heads, -1, *queries.shape[1:]).float() * scaling  # [Hkv, G, Tq, D]
     keys = torch.cat([chunk_keys, sink_keys, own_keys], dim=1).float()  # [Hkv, m + n + Tq, D]
     mass = torch.zeros(num_kv_heads, m, device=queries.device)  # [Hkv, m]
-    scratch = torch.empty(grouped.shape[1] * block * keys.shape[1], device=queries.device)
+    rows_at_once = grouped.shape[1] * min(block, queries.shape[1])
+    scratch = torch.empty(rows_at_once * keys.shape[1], device=queries.device)
     for head in range(num_kv_heads):
         for start in range(0, queries.shape[1], block):
             rows = grouped[head, :, start : start + block]  # [G, b, D]
@@ -128,7 +130,7 @@ def reconstruction_mass(
 
 
 def _attention_(scratch: Tensor, queries: Tensor, keys: Tensor, m: int, softcap: float | None) -> Tensor:
-    """Attention of queries `[G, b, D]` to the first m of `keys` `[N, D]`, the last b of them causal: `[G * b, m]` in `scratch`."""
+    """Attention `[G * b, m]` of queries `[G, b, D]` to the first m of keys `[N, D]`, the last b causal."""
     group, b, dim = queries.shape
     logits = scratch[: group * b * keys.shape[0]].view(group * b, -1)  # [G * b, N]
     torch.mm(queries.reshape(-1, dim), keys.T, out=logits)
@@ -136,7 +138,6 @@ def _attention_(scratch: Tensor, queries: Tensor, keys: Tensor, m: int, softcap:
         logits.div_(softcap).tanh_().mul_(softcap)
     future = torch.ones(b, b, dtype=torch.bool, device=keys.device).triu(1)
     logits.view(group, b, -1)[..., -b:].masked_fill_(future, -torch.inf)
-    weights = logits.sub_(
-        logits.amax(-1, keepdim=True)
-    ).exp_()  # in place: a fresh temporary costs more than its arithmetic
+    # in place: a fresh temporary costs more than its arithmetic
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     return weights[:, :m].mul_(weights.sum(-1, keepdim=True).reciprocal_())

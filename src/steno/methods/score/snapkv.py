@@ -1,9 +1,10 @@
 """SnapKV: the last queries of the prompt already show which tokens the answer will attend to.
 
-Source: Li, Huang, Yang, Venkitesh, Locatelli, Ye, Cai, Lewis, Chen, 2024, https://arxiv.org/abs/2404.14469, section 4.
-Differs: one choice per KV head (mean over its query heads, before pooling) instead of one per query head; the window's
-    attention is averaged, not summed, which ranks the same and lets heads be compared. As in the authors' code, average
-    pooling counts the zeros beyond both ends.
+Source: Li, Huang, Yang, Venkitesh, Locatelli, Ye, Cai, Lewis, Chen, 2024, https://arxiv.org/abs/2404.14469, section
+    4.
+Differs: one choice per KV head (mean over its query heads, before pooling) instead of one per query head; the
+    window's attention is averaged, not summed, which ranks the same and lets heads be compared. As in the authors'
+    code, average pooling counts the zeros beyond both ends.
 Cost: 2*H*w*S*D FLOPs; one fp32 temporary of G*w*S at a time.
 """
 

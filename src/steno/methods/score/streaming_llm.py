@@ -1,8 +1,8 @@
 """StreamingLLM: keep the first few tokens, on which attention rests, and the newest ones.
 
 Source: Xiao, Tian, Chen, Han, Lewis, 2023, https://arxiv.org/abs/2309.17453, section 3.2.
-Differs: keys keep their true rotated positions instead of slot positions, so a stream cannot outrun the model's positions;
-    the prompt attends in full and is cut once at its end, not token by token.
+Differs: keys keep their true rotated positions instead of slot positions, so a stream cannot outrun the model's
+    positions; the prompt attends in full and is cut once at its end, not token by token.
 Cost: none beyond O(Hkv * S) for the positions.
 """
 

@@ -1,8 +1,9 @@
 """TOVA: a cache of fixed size is a multi-state RNN; at each step forget what the current query attends to least.
 
 Source: Oren, Hassid, Yarden, Adi, Schwartz, 2024, https://arxiv.org/abs/2401.06104, section 3.2.
-Differs: keys are cached rotated at their true positions (the authors rotate again at every step, to the same effect);
-    the position compression of the authors' code is left out. As in theirs, the newest token competes like all others.
+Differs: keys are cached rotated at their true positions (the authors rotate again at every step, to the same
+    effect); the position compression of the authors' code is left out. As in theirs, the newest token competes like
+    all others.
 Cost: 2*H*S*D FLOPs at the end of the prompt; one mean over H per decode step.
 """
 
@@ -31,7 +32,7 @@ class TOVA:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
-        "Keys are cached rotated at their true positions and the position compression of the authors' code is left out; "
+        "Keys are cached rotated at their true positions, without the position compression of the authors' code; "
         "as in theirs, the newest token competes like all others."
     )
     evicts_while_decoding: ClassVar[bool] = True
