@@ -9,7 +9,9 @@ from setuptools.errors import BaseError, CompileError, LinkError
 
 CSRC = Path("src/steno/kernels/csrc")
 # no -march: each file of kernels names its own instruction set, and the best one is chosen at run time
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+# gcc warns about its own intrinsics
+FLAGS += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class BuildNative(build_ext):
@@ -43,4 +45,4 @@ native = Extension(
     optional=True,  # a compiler that is missing or fails is a warning
 )
 
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})
+setup(package_dir={"": "src"}, ext_modules=[native], cmdclass={"build_ext": BuildNative})

@@ -1,8 +1,9 @@
 """Time one decode step of attention over a long context: torch SDPA against steno's native kernel in every format.
 
-Every contender reads several copies of its cache in turn, together larger than `--footprint-mib`, so a repeat finds its cache in
-DRAM and not in the processor's caches, as a step of a model with many layers would. Contenders take turns within a repeat, so a
-machine that slows down slows all of them. Only the attention call is timed: SDPA gets keys and values ready in its own layout.
+Every contender reads several copies of its cache in turn, together larger than `--footprint-mib`, so a repeat finds
+its cache in DRAM and not in the processor's caches, as a step of a model with many layers would. Contenders take turns
+within a repeat, so a machine that slows down slows all of them. Only the attention call is timed: SDPA gets keys and
+values ready in its own layout.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ def main() -> None:
     print_table(rows, args, bandwidth)
     if args.json:
         about = {"cpu": cpu_name(), "date": today(), "torch": torch.__version__, "read_bytes_per_s": bandwidth}
-        args.json.write_text(json.dumps({**about, **{k: v for k, v in vars(args).items() if k != "json"}, "rows": rows}, indent=1))
+        options = {name: value for name, value in vars(args).items() if name != "json"}
+        args.json.write_text(json.dumps({**about, **options, "rows": rows}, indent=1))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults)
     parser.add_argument("--rows", type=int, default=8, help="sequences in the batch")
     parser.add_argument("--tokens", type=int, default=4096, help="cached tokens of each, a multiple of 64")
     parser.add_argument("--kv-heads", type=int, default=3)
@@ -74,7 +77,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--isa", choices=["avx512", "avx2", "portable"], help="instruction set; the best one if not given")
+    parser.add_argument(
+        "--isa", choices=["avx512", "avx2", "portable"], help="instruction set; the best one if not given"
+    )
     parser.add_argument("--footprint-mib", type=int, default=256, help="bytes that each contender cycles through")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -93,7 +98,7 @@ def num_copies(args: argparse.Namespace, num_bytes: int) -> int:
 
 
 def sdpa_contenders(args: argparse.Namespace) -> dict[str, tuple[int, list[Step]]]:
-    """Three ways to give SDPA grouped queries: its own, repeated keys, and the group as query tokens (no mask is needed)."""
+    """Three ways to give SDPA grouped queries: its own, repeated keys, the group as query tokens (it needs no mask)."""
     found: dict[str, tuple[int, list[Step]]] = {}
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         k, v = random_kv(args, dtype)

@@ -36,15 +36,16 @@ def replay_context(
     progress: called with (passes done, passes in all). The cache is left as it was.
     """
     context = list(tokens[num_prefix_tokens:])
-    size = _chunk_size(len(tokens), method, max_positions)
+    requests = {prompt: tokenizer.encode(prompt, add_special_tokens=False) for prompt in (FIRST_PROMPT, NEXT_PROMPT)}
+    answer = tokenizer.encode(after, add_special_tokens=False)
+    overhead = max(map(len, requests.values())) + method.postfix_tokens + len(answer)
+    size = _chunk_size(len(tokens), method, max_positions, overhead)
     chunks = [(a, min(a + size, len(context))) for a in range(0, len(context), size)]
     masses: list[Tensor | None] = [None] * len(cache.own_layers)
 
     for done, (a, b) in enumerate(chunks):
-        prompt = FIRST_PROMPT if a == 0 else NEXT_PROMPT
-        request = tokenizer.encode(prompt, add_special_tokens=False)
-        request += context[max(0, a - method.postfix_tokens) : a]
-        request += tokenizer.encode(after, add_special_tokens=False)
+        quoted = context[max(0, a - method.postfix_tokens) : a]
+        request = requests[FIRST_PROMPT if a == 0 else NEXT_PROMPT] + quoted + answer
         first, last = num_prefix_tokens + a, num_prefix_tokens + b
 
         def observe(view: ReplayedLayer, first: int = first, last: int = last) -> None:
@@ -80,11 +81,10 @@ def _chunk_mass(view: ReplayedLayer, num_prefix_tokens: int, first: int, last: i
     return max_attention(view.queries, chunk, torch.logaddexp(past_lse, view.own_lse), scale=view.scale)
 
 
-def _chunk_size(num_tokens: int, method: KVzip, max_positions: int | None) -> int:
-    """Tokens per pass: the method's, or less where the model's positions end."""
+def _chunk_size(num_tokens: int, method: KVzip, max_positions: int | None, overhead: int) -> int:
+    """Tokens per pass beside the `overhead` of its request: the method's, or less where the model's positions end."""
     if max_positions is None:
         return method.chunk_tokens
-    overhead = 64 + method.postfix_tokens
     room = max_positions - num_tokens - overhead
     if room < min(MIN_CHUNK_TOKENS, method.chunk_tokens, num_tokens):
         raise PromptError(

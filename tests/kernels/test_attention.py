@@ -44,9 +44,7 @@ def cases(draw):
     batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
     num_queries = draw(st.one_of(st.integers(1, 4), st.integers(1, 70)))
     head_dim = draw(st.sampled_from(HEAD_DIMS))
-    rows = [
-        [draw(st.lists(spans(head_dim, generator), max_size=2)) for _ in range(kv_heads)] for _ in range(batch)
-    ]
+    rows = [[draw(st.lists(spans(head_dim, generator), max_size=2)) for _ in range(kv_heads)] for _ in range(batch)]
     lengths = None
     if draw(st.booleans()):
         lengths = [draw(LENGTHS) for _ in range(batch)]
@@ -105,7 +103,12 @@ def test_native_kernel_is_as_exact_as_the_oracle(case):
             assert (lse - exact_lse).nan_to_num(0).abs().max() <= allowed_lse, isa
 
 
-@given(head_dim=st.sampled_from(HEAD_DIMS), group=st.integers(1, 3), num_queries=st.integers(1, 9), seed=st.integers(0, 999))
+@given(
+    head_dim=st.sampled_from(HEAD_DIMS),
+    group=st.integers(1, 3),
+    num_queries=st.integers(1, 9),
+    seed=st.integers(0, 999),
+)
 @settings(max_examples=30, deadline=None)
 def test_oracle_is_textbook_attention(head_dim, group, num_queries, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +120,9 @@ def test_oracle_is_textbook_attention(head_dim, group, num_queries, seed):
         for t in range(num_queries):
             seen = 40 - num_queries + t + 1
             weights = [math.exp(0.3 * float(q[0, head, t] @ k)) for k in keys[head // group, :seen].double()]
-            expected = sum(w * v for w, v in zip(weights, values[head // group, :seen].double(), strict=True)) / sum(weights)
+            expected = sum(w * v for w, v in zip(weights, values[head // group, :seen].double(), strict=True)) / sum(
+                weights
+            )
             torch.testing.assert_close(out[0, head, t], expected, rtol=1e-9, atol=1e-12)
             assert float(lse[0, head, t]) == pytest.approx(math.log(sum(weights)), abs=1e-5)
 

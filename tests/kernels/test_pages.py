@@ -16,7 +16,9 @@ BITS = st.sampled_from([8, 4, 2])
 @st.composite
 def formats(draw):
     return PageFormat(
-        bits=draw(BITS), key_group=draw(st.sampled_from([16, 32, 64])), value_group=draw(st.sampled_from([16, 48, 64, 300]))
+        bits=draw(BITS),
+        key_group=draw(st.sampled_from([16, 32, 64])),
+        value_group=draw(st.sampled_from([16, 48, 64, 300])),
     )
 
 
@@ -35,7 +37,12 @@ def test_unpack_undoes_pack(bits, rows, columns, seed):
     assert torch.equal(unpack_codes(packed, rows, columns, bits), codes)
 
 
-@given(fmt=formats(), head_dim=st.sampled_from([1, 8, 16, 20, 64, 80]), factor=st.sampled_from([1e-3, 1.0, 1e4]), seed=st.integers(0, 99))
+@given(
+    fmt=formats(),
+    head_dim=st.sampled_from([1, 8, 16, 20, 64, 80]),
+    factor=st.sampled_from([1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=60, deadline=None)
 def test_error_is_at_most_half_a_step(fmt, head_dim, factor, seed):
     keys, values = random_kv(2, head_dim, seed)

@@ -20,6 +20,10 @@ def paged(head_dim=16):
     return PageSpan(encode_pages(*torch.randn(2, 2, 64, head_dim).unbind(), PageFormat(bits=4)))
 
 
+def one_span():
+    return SpanTable.build([[[dense(3)]]], head_dim=16)
+
+
 def test_tail_lengths_change_only_the_last_spans():
     table = SpanTable.build([[[paged(), dense(90)], [dense(80)]], [[dense(70), dense(80)], [dense(80)]]], head_dim=16)
     assert table.offsets.tolist() == [0, 2, 3, 5, 6]
@@ -56,7 +60,8 @@ def test_page_ids_leave_the_first_table_as_it_was():
 
 def test_a_table_keeps_its_tensors_alive():
     def build():
-        table = SpanTable.build([[[PageSpan(encode_pages(*torch.ones(2, 40, 64, 16).unbind(), PageFormat(bits=8)))]]], head_dim=16)
+        pages = encode_pages(*torch.ones(2, 40, 64, 16).unbind(), PageFormat(bits=8))
+        table = SpanTable.build([[[PageSpan(pages)]]], head_dim=16)
         return table.with_page_ids({0: torch.arange(40, dtype=torch.int32)})
 
     table = build()
@@ -79,8 +84,8 @@ def test_a_table_keeps_its_tensors_alive():
         (lambda: DenseSpan(torch.zeros(8, 3).T, torch.zeros(8, 3).T), "contiguous"),
         (lambda: DenseSpan(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(2)), r"log_counts must be \[3\]"),
         (lambda: PageSpan(paged().pages, torch.zeros(64)), r"log_counts must be \[128\]"),
-        (lambda: SpanTable.build([[[dense(3)]]], head_dim=16).with_page_ids({1: torch.zeros(1, dtype=torch.int32)}), "existing"),
-        (lambda: SpanTable.build([[[dense(3)]]], head_dim=16).with_page_ids({0: torch.zeros(1)}), "int32"),
+        (lambda: one_span().with_page_ids({1: torch.zeros(1, dtype=torch.int32)}), "existing"),
+        (lambda: one_span().with_page_ids({0: torch.zeros(1)}), "int32"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):

@@ -38,7 +38,7 @@ class PromptObserver:
         self.num_seen += q.shape[1]
 
     def _gather_statistics(self, q: Tensor) -> None:
-        skip = max(0, self.policy.query_statistics_skip - self.num_seen)
+        skip = min(max(0, self.policy.query_statistics_skip - self.num_seen), q.shape[1])
         positions = torch.arange(self.num_seen + skip, self.num_seen + q.shape[1], device=q.device)
         if not len(positions):
             return

@@ -82,7 +82,7 @@ class SlotBlock:
             victim = torch.where(lowest, positions, -1).argmax(dim=1)  # [g]
             heads, last = torch.arange(self.num_heads, device=victim.device), self.length - 1
             for x in (self.keys, self.values, self.positions, self.state):
-                x[heads, victim] = x[:, last]
+                x[heads, victim] = x[:, last].clone()
             self.length = last
             return self
         by_position = positions.argsort(dim=1)

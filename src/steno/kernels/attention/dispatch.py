@@ -39,7 +39,8 @@ def attend(
 
     Returns
     -------
-    out `[B, H, T, D]` in the dtype of q and lse `[B, H, T]` fp32, the log-sum-exp of the logits. Without a visible token: 0, -inf.
+    out `[B, H, T, D]` in the dtype of q and lse `[B, H, T]` fp32, the log-sum-exp of the logits; 0 and -inf without a
+    visible token.
 
     Raises
     ------
@@ -75,6 +76,4 @@ def _check(q: Tensor, table: SpanTable, impl: str) -> None:
         raise BadArgument(f"unknown impl {impl!r}; {nearest(impl, IMPLS)}")
     rows, heads, head_dim = table.num_rows, table.num_kv_heads, table.head_dim
     if q.ndim != 4 or q.shape[0] != rows or q.shape[1] % heads or not q.shape[1] or q.shape[3] != head_dim:
-        raise BadArgument(
-            f"q must be [{rows}, a multiple of {heads}, T, {head_dim}] for this table; got {[*q.shape]}."
-        )
+        raise BadArgument(f"q must be [{rows}, a multiple of {heads}, T, {head_dim}] for this table; got {[*q.shape]}.")

@@ -17,7 +17,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     Returns
     -------
-    out `[..., D]` in the dtype of the first part and lse `[...]`: `out = sum_i exp(lse_i - lse) out_i`; 0 and -inf if all are empty.
+    out `[..., D]` in the dtype of the first part, and lse `[...]`: `out = sum_i exp(lse_i - lse) out_i`; 0 and -inf if
+    all parts are empty.
     """
     stacked = torch.stack(list(lses))  # [parts, ...]
     lse = stacked.logsumexp(dim=0)

@@ -11,9 +11,9 @@ from .table import SpanTable
 def attend(
     q: Tensor, table: SpanTable, *, scale: float, softcap: float | None = None, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention `[B, H, T, D]` and log-sum-exp `[B, H, T]` (fp32), computed in fp32, or in fp64 for fp64 queries.
+    """Softmax attention `[B, H, T, D]` and log-sum-exp `[B, H, T]` (fp32), in fp32, or in fp64 for fp64 queries.
 
-    Differs from textbook attention in nothing but where keys come from. Cost: decodes every span; one `[G, T, S]` of logits.
+    Cost: decodes every span; one `[G, T, S]` of logits per KV head.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, _, num_queries, head_dim = q.shape

@@ -44,7 +44,7 @@ class DenseSpan:
         return self.keys.shape[1]
 
     def read(self, num_tokens: int, page_ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """keys, values `[m, D]` in `dtype` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
+        """keys, values `[m, D]` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
         index = _token_index(num_tokens, page_ids, self.keys.device)
         return self.keys[index].to(dtype), self.values[index].to(dtype), index
 
@@ -68,7 +68,7 @@ class PageSpan:
         return self.pages.head_dim
 
     def read(self, num_tokens: int, page_ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """keys, values `[m, D]` in `dtype` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
+        """keys, values `[m, D]` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
         keys, values = decode_pages(self.pages, dtype)  # [P, 64, D]
         index = _token_index(num_tokens, page_ids, keys.device)
         return keys.flatten(0, 1)[index], values.flatten(0, 1)[index], index

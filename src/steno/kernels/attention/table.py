@@ -55,7 +55,7 @@ class SpanTable:
 
     @classmethod
     def build(cls, rows: list[list[list[Span]]], *, head_dim: int) -> SpanTable:
-        """The table of `rows[b][h]`, lists of spans; a list may be empty, but every row needs the same number of heads."""
+        """The table of `rows[b][h]`, lists of spans, possibly empty; every row needs the same number of heads."""
         if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
             raise BadArgument(f"every row needs the same number of KV heads; got {[len(row) for row in rows]}.")
         heads = [spans for row in rows for spans in row]
@@ -75,7 +75,7 @@ class SpanTable:
         return len(self.rows[0])
 
     def set_tail_lengths(self, lengths: Sequence[int]) -> None:
-        """Mutates the table: of the last span of every head of row b, a dense buffer, the first `lengths[b]` tokens count."""
+        """Mutates the table: of the last span of every head of row b, a dense one, `lengths[b]` tokens count now."""
         if len(lengths) != self.num_rows:
             raise BadArgument(f"lengths must have one entry per row, {self.num_rows}; got {len(lengths)}.")
         for length, capacity in zip(lengths, self._tail_capacities, strict=True):
@@ -96,7 +96,7 @@ class SpanTable:
         table = SpanTable(self.rows, self.head_dim, self.entries.clone(), self.offsets)
         for idx, ids in chosen.items():
             if not 0 <= idx < len(self.entries) or ids.dtype != torch.int32 or ids.ndim != 1 or not ids.is_contiguous():
-                raise BadArgument(f"page ids must be int32 [m], contiguous, of an existing entry; got {ids!r} for {idx}.")
+                raise BadArgument(f"page ids must be int32 [m], contiguous, of an existing entry; got {ids} for {idx}.")
         if chosen:
             lines = torch.tensor([[ids.data_ptr(), len(ids)] for ids in chosen.values()], dtype=torch.int64)
             table.entries[:, Column.PAGE_IDS : Column.NUM_PAGE_IDS + 1].index_copy_(0, torch.tensor([*chosen]), lines)
@@ -114,8 +114,7 @@ def _entry(span: Span) -> list[int]:
         addresses = [span.keys.data_ptr(), span.values.data_ptr(), 0, 0]
         return [DENSE_DTYPES.index(span.keys.dtype), *addresses, span.num_tokens, log_counts, 0, -1, 0, 0]
     pages = span.pages
-    addresses = [pages.key_codes, pages.value_codes, pages.key_params, pages.value_params]
-    addresses = [tensor.data_ptr() for tensor in addresses]
+    addresses = [tensor.data_ptr() for tensor in pages.tensors]
     groups = [pages.fmt.key_group, pages.fmt.value_group]
     return [PAGED + pages.fmt.bits, *addresses, span.num_tokens, log_counts, 0, -1, *groups]
 

@@ -1,7 +1,7 @@
 // The algorithm, written once over a vector of 16 floats `F` and compiled once per instruction set. The file that includes
 // this one defines, in the same anonymous namespace, F and I (16 floats, 16 dwords), load, store, set1, add, sub, mul, div,
-// fma, max, round, times_pow2, abs_of, with_sign_of, hsum, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float,
-// decode_int8, load_line, shift_right, shift_right_by, decode_low, transpose16 and kAccumulators, the F that fit its registers.
+// fma, max, prefetch, round, times_pow2, abs_of, with_sign_of, hsum, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float,
+// decode_int8, load_line, shift_right, decode_low, transpose16 and kAccumulators, the F that fit its registers.
 // Nothing here may be shared between the builds: the linker would keep one copy, with instructions that a machine may lack.
 // So no std:: templates either.
 #include "math.inl"

@@ -86,14 +86,7 @@ inline I load_line(const uint8_t *p) {
     const __m256i *line = reinterpret_cast<const __m256i *>(p);
     return {_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)};
 }
-inline I shift_right(I x, int64_t n) {
-    const __m128i count = _mm_cvtsi64_si128(n);
-    return {_mm256_srl_epi32(x.lo, count), _mm256_srl_epi32(x.hi, count)};
-}
-template <int n>
-inline I shift_right_by(I x) {
-    return {_mm256_srli_epi32(x.lo, n), _mm256_srli_epi32(x.hi, n)};
-}
+inline I shift_right(I x, int n) { return {_mm256_srli_epi32(x.lo, n), _mm256_srli_epi32(x.hi, n)}; }
 template <int kBits>
 inline __m256 decode_low_of(__m256i x) {
     if (kBits == 2) return _mm256_permutevar_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), x);
@@ -111,7 +104,10 @@ inline void transpose8(__m256 *x) {
         a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
     }
     for (int i = 0; i < 8; i += 4)  // b[i + k], 128-bit lane l: column 4 l + k of the rows i .. i + 3
-        for (int k = 0; k < 4; k++) b[i + k] = _mm256_shuffle_ps(a[i + k / 2], a[i + 2 + k / 2], k % 2 ? 0xee : 0x44);
+        for (int k = 0; k < 4; k++) {
+            const __m256 low = a[i + k / 2], high = a[i + 2 + k / 2];
+            b[i + k] = k % 2 ? _mm256_shuffle_ps(low, high, 0xee) : _mm256_shuffle_ps(low, high, 0x44);
+        }
     for (int k = 0; k < 4; k++) {
         x[k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x20);
         x[4 + k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x31);

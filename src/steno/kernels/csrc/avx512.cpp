@@ -50,11 +50,7 @@ inline F decode_int8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
 }
 inline I load_line(const uint8_t *p) { return _mm512_loadu_si512(p); }
-inline I shift_right(I x, int64_t n) { return _mm512_srlv_epi32(x, _mm512_set1_epi32(static_cast<int>(n))); }
-template <int n>
-inline I shift_right_by(I x) {
-    return _mm512_srli_epi32(x, n);
-}
+inline I shift_right(I x, int n) { return _mm512_srli_epi32(x, static_cast<unsigned>(n)); }
 // The low bits of every lane as a float, by a table look-up that ignores the higher ones.
 template <int kBits>
 inline F decode_low(I x) {

@@ -23,58 +23,69 @@ inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
     return bits == 8 ? rows * blocks * kLanes : ceil_div(rows * blocks * bits, 32) * 64;
 }
 
-// Decoders: decode<N>(index, x) reads the blocks index .. index + N - 1, with kAligned index is a multiple of N.
-// kRows<N>: rows of N blocks to take at once, such that their places in a line are known when this is compiled;
-// kStepBytes<N>: what they occupy.
+// Decoders. decode<N>(index, x) reads the blocks index .. index + N - 1; with kAligned, index is a multiple of N.
+// kRows<N> rows of N blocks are a step, which starts at a line; decode_step reads the N blocks from `first` on of a step.
 struct Floats {
     static constexpr bool kQuantized = false;
+    static constexpr int kBlockBytes = 64;
     template <int N>
     static constexpr int kRows = 2;
-    template <int N>
-    static constexpr int kStepBytes = kRows<N> * N * 64;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
-        for (int n = 0; n < N; n++) x[n] = load(reinterpret_cast<const float *>(base) + (index + n) * kLanes);
+        decode_step<N>(base + index * kBlockBytes, 0, x);
+    }
+    template <int N>
+    static inline void decode_step(const uint8_t *step, int first, F *x) {
+        for (int n = 0; n < N; n++) x[n] = load(reinterpret_cast<const float *>(step + (first + n) * kBlockBytes));
     }
 };
 
 struct Bfloats {
     static constexpr bool kQuantized = false;
+    static constexpr int kBlockBytes = 32;
     template <int N>
     static constexpr int kRows = 2;
-    template <int N>
-    static constexpr int kStepBytes = kRows<N> * N * 32;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
-        for (int n = 0; n < N; n++) x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
+        decode_step<N>(base + index * kBlockBytes, 0, x);
+    }
+    template <int N>
+    static inline void decode_step(const uint8_t *step, int first, F *x) {
+        for (int n = 0; n < N; n++) x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
     }
 };
 
 struct Halves {
     static constexpr bool kQuantized = false;
+    static constexpr int kBlockBytes = 32;
     template <int N>
     static constexpr int kRows = 2;
-    template <int N>
-    static constexpr int kStepBytes = kRows<N> * N * 32;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
-        for (int n = 0; n < N; n++) x[n] = load_half(reinterpret_cast<const uint16_t *>(base) + (index + n) * kLanes);
+        decode_step<N>(base + index * kBlockBytes, 0, x);
+    }
+    template <int N>
+    static inline void decode_step(const uint8_t *step, int first, F *x) {
+        for (int n = 0; n < N; n++) x[n] = load_half(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
     }
 };
 
 struct Bytes {
     static constexpr bool kQuantized = true;
+    static constexpr int kBlockBytes = 16;
     template <int N>
     static constexpr int kRows = 2;
-    template <int N>
-    static constexpr int kStepBytes = kRows<N> * N * 16;
     const uint8_t *base;
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
-        for (int n = 0; n < N; n++) x[n] = decode_int8(base + (index + n) * kLanes);
+        decode_step<N>(base + index * kBlockBytes, 0, x);
+    }
+    template <int N>
+    static inline void decode_step(const uint8_t *step, int first, F *x) {
+        for (int n = 0; n < N; n++) x[n] = decode_int8(step + (first + n) * kBlockBytes);
     }
 };
 
@@ -82,25 +93,22 @@ template <int kBits>
 struct Fields {
     static constexpr bool kQuantized = true;
     static constexpr int kPerLine = 32 / kBits;
+    static constexpr int kBlockBytes = 64 / kPerLine;
     template <int N>
-    static constexpr int kRows = kPerLine / N < 4 ? kPerLine / N : 4;
-    template <int N>
-    static constexpr int kStepBytes = kRows<N> * N * 64 / kPerLine;
+    static constexpr int kRows = kPerLine / N;
     const uint8_t *base;
-    inline I line(uint64_t index) const { return load_line(base + index / kPerLine * 64); }
     template <int N, bool kAligned>
     inline void decode(uint64_t index, F *x) const {
-        if (kAligned && N > 1) {  // all in one line
-            I codes = line(index);
-            if (N < kPerLine) codes = shift_right(codes, index % kPerLine * kBits);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; n++) {
-                x[n] = decode_low<kBits>(codes);
-                codes = shift_right_by<kBits>(codes);
-            }
-        } else {
-            for (int n = 0; n < N; n++)
-                x[n] = decode_low<kBits>(shift_right(line(index + n), (index + n) % kPerLine * kBits));
+        if (kAligned) return decode_step<N>(base + index / kPerLine * 64, index % kPerLine, x);
+        for (int n = 0; n < N; n++) decode_step<1>(base + (index + n) / kPerLine * 64, (index + n) % kPerLine, x + n);
+    }
+    template <int N>
+    static inline void decode_step(const uint8_t *step, int first, F *x) {
+        I codes = load_line(step);
+        if (first) codes = shift_right(codes, first * kBits);
+        for (int n = 0; n < N; n++) {
+            x[n] = decode_low<kBits>(codes);
+            if (n + 1 < N) codes = shift_right(codes, kBits);
         }
     }
 };

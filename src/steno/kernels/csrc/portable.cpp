@@ -64,11 +64,7 @@ inline float half_to_float(uint16_t x) { return halves_to_float(I{} + x)[0]; }
 
 inline F decode_int8(const uint8_t *p) { return __builtin_convertvector(__builtin_convertvector(read<U8>(p), S), F); }
 inline I load_line(const uint8_t *p) { return read<I>(p); }
-inline I shift_right(I x, int64_t n) { return x >> static_cast<uint32_t>(n); }
-template <int n>
-inline I shift_right_by(I x) {
-    return x >> static_cast<uint32_t>(n);
-}
+inline I shift_right(I x, int n) { return x >> static_cast<uint32_t>(n); }
 template <int kBits>
 inline F decode_low(I x) {
     return __builtin_convertvector(reinterpret_cast<S>(x & ((1u << kBits) - 1)), F);

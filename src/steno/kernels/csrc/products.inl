@@ -48,14 +48,12 @@ struct Shape {
     static constexpr bool kAligned = aligned, kTight = tight, kShared = shared;
 };
 
-template <class Codes, class S, int M, int N>
-inline void multiply_row(F (&acc)[M][N], const Codes &codes, uint64_t index, const float *const *coef, int64_t query_stride, int64_t r) {
-    F x[N];
-    codes.template decode<N, S::kAligned>(index, x);
+// coef: where the coefficients of this row lie, one for each block.
+template <bool kShared, int M, int N>
+inline void multiply_row(F (&acc)[M][N], const F *x, const float *const *coef, int64_t query_stride, int64_t r) {
     for (int m = 0; m < M; m++) {
         const F shared = set1(coef[0][m * query_stride + r]);
-        for (int n = 0; n < N; n++)
-            acc[m][n] = fma(S::kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
+        for (int n = 0; n < N; n++) acc[m][n] = fma(kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
     }
 }
 
@@ -66,23 +64,33 @@ inline void multiply_blocks(const Operand &a, int64_t block, const Coefficients 
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) acc[m][n] = load(t.start + m * t.start_stride + (block + n) * kLanes);
     const Codes codes{a.codes};
+    const int64_t query_stride = c.query_stride;
     const float *coef[N];
     for (int n = 0; n < N; n++) coef[n] = c.coef + (S::kShared && n ? 0 : a.group_of(block + n) * a.coef_rows());
-    constexpr int kRows = Codes::template kRows<N>;
     int64_t r = 0;
-    if (S::kTight)
-        for (uint64_t step = 0; r + kRows <= a.rows; step++, r += kRows) {
-            constexpr int kStepBytes = Codes::template kStepBytes<N>;
-            for (int i = 0; i < kStepBytes; i += 64) prefetch(a.codes + a.next_codes + step * kStepBytes + i);
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; i++)
-                multiply_row<Codes, S, M, N>(acc, codes, step * kRows * N + i * N, coef, c.query_stride, r + i);
+    F x[N];
+    if (S::kTight) {
+        constexpr int kRows = Codes::template kRows<N>, kStepBytes = kRows * N * Codes::kBlockBytes;
+        // pointers that step, as index arithmetic would compete with the vectors for their ports
+        const uint8_t *step = a.codes, *next = a.codes + a.next_codes;
+        for (; r + kRows <= a.rows; r += kRows, step += kStepBytes, next += kStepBytes) {
+            for (int i = 0; i < kStepBytes; i += 64) prefetch(next + i);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; i++) {
+                Codes::template decode_step<N>(step, i * N, x);
+                multiply_row<S::kShared>(acc, x, coef, query_stride, r + i);
+            }
         }
-    for (; r < a.rows; r++) multiply_row<Codes, S, M, N>(acc, codes, r * a.blocks + block, coef, c.query_stride, r);
+    }
+    for (; r < a.rows; r++) {
+        codes.template decode<N, S::kAligned>(r * a.blocks + block, x);
+        multiply_row<S::kShared>(acc, x, coef, query_stride, r);
+    }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
             // the bias is added last, so that the loop need not wait for its horizontal sum
-            if (Codes::kQuantized) acc[m][n] = add(acc[m][n], set1(c.bias[m * a.groups + (S::kShared ? a.group_of(block) : a.group_of(block + n))]));
+            const int64_t group = a.group_of(S::kShared ? block : block + n);
+            if (Codes::kQuantized) acc[m][n] = add(acc[m][n], set1(c.bias[m * a.groups + group]));
             store(t.out + m * t.out_stride + (block + n) * kLanes, acc[m][n]);
         }
 }

@@ -2,7 +2,8 @@
 
 Source: Liu et al., KIVI, ICML 2024, https://arxiv.org/abs/2402.02750, section 3.
 Differs: the codes are computed with the scale and minimum as stored, and the scale spans from the stored minimum to the
-maximum, so rounding them to fp16 costs at most one fp16 step at the ends of the range; a floor on the scale keeps constant groups finite.
+maximum, so rounding them to fp16 costs at most one fp16 step at the ends of the range; a floor on the scale keeps
+constant groups finite.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def quantize_groups(matrix: Tensor, *, bits: int, group: int) -> tuple[Tensor, T
     """
     num_pages, rows, columns = matrix.shape
     group = min(group, columns)
-    grouped = matrix.float()
+    grouped = matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place below
     if columns % group:
         # repeating the last column changes neither the minimum nor the maximum of the last group
         grouped = torch.cat([grouped, grouped[:, :, -1:].expand(-1, -1, -columns % group)], dim=2)
     grouped = grouped.reshape(num_pages, rows, -1, group)
-    low, high = grouped.aminmax(dim=3, keepdim=True)  # [P, R, groups, 1]
+    low, high = grouped.amin(dim=3, keepdim=True), grouped.amax(dim=3, keepdim=True)  # [P, R, groups, 1]
     minima = low.clamp_(-FP16_MAX, FP16_MAX).half()
     scales = ((high - minima.float()) / (2**bits - 1)).clamp_(MIN_SCALE, FP16_MAX).half()
-    codes = (grouped - minima.float()).mul_(scales.float().reciprocal_()).round_().clamp_(0, 2**bits - 1)
+    codes = grouped.sub_(minima.float()).mul_(scales.float().reciprocal_()).round_().clamp_(0, 2**bits - 1)
     params = torch.stack([scales.squeeze(3), minima.squeeze(3)], dim=1)  # [P, 2, R, groups]
     codes = codes.to(torch.uint8).reshape(num_pages, rows, -1)[:, :, :columns]
     return codes, params.transpose(2, 3).contiguous()

@@ -1,8 +1,8 @@
 """How codes lie in memory.
 
 Codes form a matrix `[R, C]`, C padded to blocks of 16 lanes. Block `b` of row `r` has the index `r * num_blocks + b`.
-8 bits: plain bytes. 4 and 2 bits: lines of 64 bytes, 16 dwords, dword = lane; a line holds 8 (16) consecutive blocks, the
-j-th of them in bits `4j` (`2j`) of every dword. So one shift aligns 16 codes at once, and a table look-up decodes them.
+8 bits: plain bytes. 4 and 2 bits: lines of 64 bytes, 16 dwords, dword = lane; a line holds 8 (16) consecutive blocks,
+the j-th of them from bit `4j` (`2j`) of every dword on. So one shift aligns 16 codes, and a table look-up decodes them.
 """
 
 from __future__ import annotations

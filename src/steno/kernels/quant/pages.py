@@ -24,7 +24,8 @@ class Pages:
     """P pages of one format, of any number of heads; every tensor is contiguous.
 
     key_codes, value_codes: `[P, bytes]` uint8.
-    key_params: `[P, 2, 64 / key_group, D]` fp16, value_params: `[P, 2, ceil(D / value_group), 64]` fp16; scales, then minima.
+    key_params: `[P, 2, 64 / key_group, D]` fp16, value_params: `[P, 2, ceil(D / value_group), 64]` fp16: scales, then
+    minima.
     """
 
     fmt: PageFormat
@@ -57,7 +58,8 @@ class Pages:
 def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat) -> Pages:
     """Quantize keys and values `[P, 64, D]` into P pages; works on any device."""
     if keys.ndim != 3 or keys.shape != values.shape or keys.shape[1] != PAGE_TOKENS or not keys.shape[2]:
-        raise BadArgument(f"keys and values must both be [P, {PAGE_TOKENS}, D]; got {[*keys.shape]}, {[*values.shape]}.")
+        shapes = f"{[*keys.shape]}, {[*values.shape]}"
+        raise BadArgument(f"keys and values must both be [P, {PAGE_TOKENS}, D]; got {shapes}.")
     head_dim = keys.shape[2]
     _check_format(fmt, head_dim)
     key_codes, key_params = quantize_groups(keys.transpose(1, 2), bits=fmt.bits, group=fmt.key_group)

@@ -1,0 +1,171 @@
+"""The command line: what it prints, what it refuses, and with which exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steno.cli import ask
+from steno.cli.main import run
+from steno.methods import METHODS
+from steno.version import VERSION
+
+TEXT = "the hen is here. " * 5
+ASK_FIELDS = {
+    "answer", "model", "recipe", "prompt_tokens", "new_tokens", "kv_bytes_full", "kv_bytes", "kv_bytes_peak",
+    "prefill_s", "ttft_s", "decode_tok_per_s",
+}  # fmt: skip
+METHOD_FIELDS = {
+    "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs",
+}  # fmt: skip
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, document: Path) -> list[str]:
+    return ["ask", "he?", "--model", str(tiny_folder), "--document", str(document), "--max-new-tokens", "5"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"steno {VERSION}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["ask"], ["ask", "q", "--max-new-tokens", "many"]])
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: steno")
+
+
+def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS)
+    assert run(["methods", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)
+    assert [method["id"] for method in methods] == list(METHODS)
+    assert all(set(method) == METHOD_FIELDS for method in methods)
+
+
+@pytest.mark.parametrize("recipe", ["full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20"])
+def test_ask_json(arguments: list[str], recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", recipe, "--json"]) == 0
+    out, _ = capsys.readouterr()
+    result = json.loads(out)
+    assert set(result) >= ASK_FIELDS
+    assert result["recipe"] == recipe
+    assert 0 < result["new_tokens"] <= 5
+    assert 0 < result["kv_bytes"] <= result["kv_bytes_peak"]
+
+
+def test_ask_prints_the_answer_and_a_table(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "memory held" in out
+    assert "time to first token" in out
+
+
+def test_compare_with_itself_is_no_difference(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", "full", "--compare", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] == result["full_answer"]
+    assert result["kl_first_token"] == pytest.approx(0, abs=1e-9)
+    assert result["equal_tokens_share"] == 1.0
+
+
+def test_compare_shows_both_answers(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", "streaming_llm @ 8", "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert "with the full cache:" in out
+    assert "KL of the first token" in out
+
+
+def test_document_from_standard_input(arguments: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    arguments[arguments.index("--document") + 1] = "-"
+    assert run([*arguments, "--recipe", "full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--recipe", "snapvk @ 20%"], "did you mean 'snapkv'?"),
+        (["--recipe", "snapkv(windw=8) @ 20%"], "did you mean 'window'?"),
+        (["--recipe", "snapkv | tova @ 20%"], "at most one score stage"),
+        (["--recipe", "int4 | snapkv @ 20%"], "write `snapkv | int4`"),
+        (["--recipe", "snapkv @ 0"], "budget"),
+        (["--recipe", "snapkv @ 0.2"], "never a bare ratio"),
+        (["--recipe", "snapkv @ 40"], "always keeps 64"),
+        (["--recipe", "snapkv"], "needs a budget"),
+        (["--document", "no-such-file"], "no such file"),
+        (["--model", "no-such-model"], "unknown model"),
+        (["--model", "./no/such/folder"], "no such file or folder"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be >= 1"),
+        (["--max-new-tokens", "100"], "more than the 128 positions"),
+        (["--temperature", "-1"], "`temperature` must be >= 0"),
+        (["--dtype", "int3"], "dtype"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(
+    arguments: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments, *change]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("steno: error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b" \n\t ", "empty"), (b"\xff\xfe\x00binary", "not text in UTF-8"), (b"a\0b", "not text")],
+)
+def test_bad_documents(
+    arguments: list[str], document: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document.write_bytes(content)
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_budget_above_the_prompt_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", "keydiff @ 5000", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "nothing was dropped" in err
+    assert json.loads(out)["kv_bytes"] > 0
+
+
+def test_interrupt_ends_cleanly(arguments: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask, "load", interrupt)
+    assert run(arguments) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted; nothing was changed.")
+
+
+def test_the_installed_command_answers() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "steno.cli.main", "ask", "q", "--recipe", "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
