@@ -86,10 +86,11 @@ def _chunk_size(num_tokens: int, method: KVzip, max_positions: int | None, overh
     if max_positions is None:
         return method.chunk_tokens
     room = max_positions - num_tokens - overhead
-    if room < min(MIN_CHUNK_TOKENS, method.chunk_tokens, num_tokens):
+    least = min(MIN_CHUNK_TOKENS, method.chunk_tokens, num_tokens)
+    if room < least:
         raise PromptError(
-            f"kvzip replays the context after itself and needs at least {MIN_CHUNK_TOKENS + overhead} free positions; the "
-            f"prompt of {num_tokens} tokens leaves {max_positions - num_tokens} of {max_positions}: shorten it or use "
-            "another scorer."
+            f"kvzip replays the context after itself and needs at least {least + overhead} free positions; the prompt of "
+            f"{num_tokens} tokens leaves {max_positions - num_tokens} of {max_positions}: shorten it by {least - room} "
+            "tokens or use another scorer."
         )
     return min(method.chunk_tokens, room)
