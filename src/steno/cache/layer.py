@@ -296,10 +296,11 @@ class LayerCache(CacheLayerMixin):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        # a long turn goes in small steps, so that eviction keeps pace and scores stay small
+        # a long turn goes in small steps, so that eviction keeps pace and scores stay small; counted from the end, where
+        # the rows of a padded batch are aligned
         outs, num_new = [], q.shape[2]
-        for a in range(0, num_new, FEW_TOKENS):
-            part = slice(a, min(a + FEW_TOKENS, num_new))
+        for a in range(-(-num_new % FEW_TOKENS), num_new, FEW_TOKENS):
+            part = slice(max(0, a), a + FEW_TOKENS)
             width = part.stop - part.start
             some = None if counts is None else [max(0, min(width, part.stop - (num_new - n))) for n in counts]
             out, lse = content.step(q[:, :, part], k[:, :, part], v[:, :, part], some, scale=scale, softcap=softcap)

@@ -70,8 +70,7 @@ class PagedRows:
 
         q `[B, H, T, D]`; k, v `[B, Hkv, T, D]`; counts: real tokens per row when rows are padded on the left.
         """
-        if q.shape[2] > 1:
-            self.flush()
+        self.flush()
         if self.tail.append(k, v, counts):
             self._table = self._build_table()
         table = self.table()
@@ -112,13 +111,13 @@ class PagedRows:
         sinks: Tensor | None,
     ) -> Tensor:
         """Like `step` for many new tokens: held tokens are decoded once, row by row, and SDPA does the rest."""
+        self.flush()
         num_new, out = q.shape[2], torch.zeros_like(q)
         for b in range(len(self.rows)):
             n = num_new if counts is None else counts[b]
             if n:
                 new = slice(num_new - n, None)
                 out[b, :, new] = self._extend_row(b, q[b, :, new], k[b, :, new], v[b, :, new], scale, softcap, sinks)
-        self.flush()
         if self.tail.append(k, v, counts):
             self._table = self._build_table()
         return out

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kChunkVectors = 256;     // query vectors that share one pass over the keys
 constexpr int64_t kMinTilesPerThread = 8;  // below, starting a thread costs more than it saves
+constexpr int64_t kMinParallelMerge = 1 << 18;  // numbers to merge
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Kernel find_kernel(int32_t isa) {
@@ -211,7 +212,8 @@ EXPORT int32_t steno_attend(const Problem *problem) try {
     answer_empty(split, workers[0]);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int i = 0; i < threads; i++) work(split, kernel, workers[i], total * i / threads, total * (i + 1) / threads);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    // a second meeting of the threads costs more than it saves unless there is much to merge
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads * vectors * padded_dim(p) > kMinParallelMerge)
     for (int i = 0; i < threads; i++) collect(split, workers, i);
     std::free(memory);
     return 0;
