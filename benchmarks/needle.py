@@ -14,15 +14,50 @@ import random
 import sys
 import time
 from datetime import date
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from rich.progress import track
 
 import steno
 
-ADJECTIVES = "brave calm clever eager fair gentle happy jolly kind lively mighty noble proud quick quiet rapid shy wise".split()
-NOUNS = "anchor bridge candle desert engine forest garden harbor island jungle kettle ladder meadow needle orchard".split()
+ADJECTIVES = [
+    "brave",
+    "calm",
+    "clever",
+    "eager",
+    "fair",
+    "gentle",
+    "happy",
+    "jolly",
+    "kind",
+    "lively",
+    "mighty",
+    "noble",
+    "proud",
+    "quick",
+    "quiet",
+    "rapid",
+    "shy",
+    "wise",
+]
+NOUNS = [
+    "anchor",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "harbor",
+    "island",
+    "jungle",
+    "kettle",
+    "ladder",
+    "meadow",
+    "needle",
+    "orchard",
+]
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\n"
@@ -47,7 +82,9 @@ def haystack(kind: str) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def sample(lm: steno.LanguageModel, index: int, count: int, num_tokens: int, seed: int, kind: str) -> tuple[str, str, str]:
+def sample(
+    lm: steno.LanguageModel, index: int, count: int, num_tokens: int, seed: int, kind: str
+) -> tuple[str, str, str]:
     """Document of about `num_tokens` tokens with a needle at depth index / (count - 1), its key and its value."""
     rng = random.Random(f"{seed}-{index}")
     key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
@@ -62,15 +99,21 @@ def sample(lm: steno.LanguageModel, index: int, count: int, num_tokens: int, see
     low, high = 1, len(sentences)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(lm.tokenize(separator.join(sentences[:middle]))) <= body else (low, middle - 1)
+        low, high = (
+            (middle, high) if len(lm.tokenize(separator.join(sentences[:middle]))) <= body else (low, middle - 1)
+        )
     sentences = sentences[:low]
-    sentences.insert(round(index / max(1, count - 1) * len(sentences)), needle.rstrip(".") if kind != "noise" else needle)
+    sentences.insert(
+        round(index / max(1, count - 1) * len(sentences)), needle.rstrip(".") if kind != "noise" else needle
+    )
     return INTRODUCTION + separator.join(sentences), key, value
 
 
 def run(lm: steno.LanguageModel, recipe: str, samples: list[tuple[str, str, str]]) -> dict[str, object]:
     right, prefill, compress, held, full, peak, first = [], 0.0, 0.0, 0, 0, 0, 0.0
-    for document, key, value in track(samples, description=f"{recipe:40}", console=None, disable=not sys.stderr.isatty()):
+    for document, key, value in track(
+        samples, description=f"{recipe:40}", console=None, disable=not sys.stderr.isatty()
+    ):
         context = lm.read(document, recipe)
         report = context.report()
         started = time.perf_counter()
@@ -109,20 +152,25 @@ def main() -> None:
         sample(lm, i, arguments.samples, arguments.tokens, arguments.seed, arguments.haystack)
         for i in range(arguments.samples)
     ]
-    print(f"{arguments.samples} samples of {arguments.tokens} tokens of {arguments.haystack}, {lm.name} in {lm.model.dtype}, "
-          f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {date.today()}")
+    print(
+        f"{arguments.samples} samples of {arguments.tokens} tokens of {arguments.haystack}, {lm.name} in {lm.model.dtype}, "
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {date.today()}"
+    )
     print(f"{'recipe':42} right   MB held  of full   peak MB  prefill s  compress s  total/prefill")
     for recipe in arguments.recipe or DEFAULT_RECIPES:
         row = run(lm, recipe, samples)
         print(
-            f"{recipe:42} {row['right']:>2}/{row['samples']}  {row['kv_bytes'] / 1e6:8.2f} {row['kv_bytes'] / row['kv_bytes_full']:7.1%} "
+            f"{recipe:42} {row['right']:>2}/{row['samples']}  {row['kv_bytes'] / 1e6:8.2f} "
+            f"{row['kv_bytes'] / row['kv_bytes_full']:7.1%} "
             f"{row['kv_bytes_peak'] / 1e6:9.2f} {row['prefill_s']:9.2f} {row['compress_s']:10.2f} "
             f"{1 + row['compress_s'] / row['prefill_s']:10.2f}",
             flush=True,
         )
         if arguments.json:
             with open(arguments.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"model": lm.name, "tokens": arguments.tokens, "seed": arguments.seed}) + "\n")
+                file.write(
+                    json.dumps(row | {"model": lm.name, "tokens": arguments.tokens, "seed": arguments.seed}) + "\n"
+                )
 
 
 if __name__ == "__main__":

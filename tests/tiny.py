@@ -19,18 +19,18 @@ from transformers import (
 )
 
 VOCAB = 97
-SHARED = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED),
     "qwen2": lambda: Qwen2Config(**SHARED),

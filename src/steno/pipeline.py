@@ -134,7 +134,9 @@ class RecipePolicy:
         order = scores.argsort(dim=1, descending=True, stable=True)
         kept = [order[h, :n].sort().values for h, n in enumerate(counts.tolist())]
         merged = (self.recipe.merge or Evict()).merge(kv, _mask(kept, kv.num_tokens))
-        return Selection(kv=merged, kept=kept, state=[s[i] for s, i in zip(state, kept, strict=True)] if state is not None else None)
+        return Selection(
+            kv=merged, kept=kept, state=[s[i] for s, i in zip(state, kept, strict=True)] if state is not None else None
+        )
 
 
 def _mask(kept: list[Tensor], num_tokens: int) -> Tensor:

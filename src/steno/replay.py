@@ -71,9 +71,7 @@ def _chunk_mass(view: ReplayedLayer, num_prefix_tokens: int, first: int, last: i
     """
     chunk, prefix = view.kv.keys[:, first:last], view.kv.keys[:, :num_prefix_tokens]
     if view.past_lse is None or view.own_lse is None:
-        return reconstruction_mass(
-            view.queries, chunk, prefix, view.own_keys, scaling=view.scale, softcap=view.softcap
-        )
+        return reconstruction_mass(view.queries, chunk, prefix, view.own_keys, scaling=view.scale, softcap=view.softcap)
     past_lse = view.past_lse
     if last - first + num_prefix_tokens < view.kv.num_tokens:
         part = torch.cat([prefix, chunk], dim=1)[None]

@@ -89,7 +89,12 @@ class LanguageModel:
         return prefix + list(body), len(prefix)
 
     def read(
-        self, text: str, recipe: Recipe | str | None = None, *, reserve_tokens: int = 0, progress: Progress | None = None
+        self,
+        text: str,
+        recipe: Recipe | str | None = None,
+        *,
+        reserve_tokens: int = 0,
+        progress: Progress | None = None,
     ) -> Context:
         """Reads a document into a cache under `recipe`.
 
@@ -250,5 +255,3 @@ def _check_budget(recipe: Recipe, num_tokens: int) -> str:
         if recipe.score is not None and tokens >= num_tokens:
             return f"note: the budget of {recipe.budget} is not below the prompt of {num_tokens} tokens; nothing was dropped."
     return ""
-
-

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import build, prompt, shared
 from transformers import PreTrainedConfig
 
 import steno
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
+from tiny import build, prompt, shared
 
 LAYERS, HEADS, DIM = 3, 2, 12
 RECIPES = [

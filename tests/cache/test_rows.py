@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import shared
 from torch import Tensor
 
 import steno
@@ -16,6 +15,7 @@ from steno.cache.layer import LayerCache
 from steno.cache.paged import PagedRows
 from steno.cache.slots import SlotRows
 from steno.errors import BadArgument, CacheError, IntegrityError
+from tiny import shared
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 12
 SCALE = DIM**-0.5

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, build, prompt, shared
 from transformers import DynamicCache, set_seed
 
 import steno
+from tiny import CONFIGS, build, prompt, shared
 
 NEW_TOKENS = 16
 

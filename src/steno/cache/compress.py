@@ -119,5 +119,3 @@ def _slot_row(selection: Selection, budget: int) -> SlotRow:
         for group in groups
     ]
     return SlotRow(blocks=blocks, evicted_at=0 if selection.kept is None else kv.num_tokens)
-
-

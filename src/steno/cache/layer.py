@@ -98,7 +98,7 @@ class LayerCache(CacheLayerMixin):
     # what transformers asks
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return self.policy.evictor is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -384,7 +384,12 @@ class LayerCache(CacheLayerMixin):
         prompts, observers = self._prompt, self._observers
         dense_bytes = 2 * sum(k.numel() * k.element_size() for k, _ in prompts)
         self.content = compress_rows(
-            prompts, observers, self.policy, layer_idx=self.layer_idx, num_layers=self.num_layers, replay_mass=replay_mass
+            prompts,
+            observers,
+            self.policy,
+            layer_idx=self.layer_idx,
+            num_layers=self.num_layers,
+            replay_mass=replay_mass,
         )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(dense_bytes)

@@ -133,7 +133,9 @@ class PagedRows:
             keys, values = torch.cat([hk, k[h]]), torch.cat([hv, v[h]])  # [S, D]
             sink = None if sinks is None else sinks[heads]
             outs.append(
-                causal_attention(q[None, heads], keys[None, None], values[None, None], scale=scale, softcap=softcap, sinks=sink)[0]
+                causal_attention(
+                    q[None, heads], keys[None, None], values[None, None], scale=scale, softcap=softcap, sinks=sink
+                )[0]
             )
         return torch.cat(outs)
 
@@ -212,9 +214,7 @@ class PagedRows:
     def select(self, rows: list[int]) -> PagedRows:
         """Copy-on-write: the given rows in that order, sharing segments and copying the tail."""
         forks = [self.rows[r].fork() for r in rows]
-        return PagedRows(
-            forks, self.tail.select(rows), fmt=self.fmt, residual=self.residual, summarize=self.summarize
-        )
+        return PagedRows(forks, self.tail.select(rows), fmt=self.fmt, residual=self.residual, summarize=self.summarize)
 
     def check_integrity(self, seen: list[int]) -> None:
         """Raises IntegrityError if held tokens and positions disagree."""

@@ -36,7 +36,8 @@ class PageSelector(Protocol):
 class Selection:
     """Which tokens of the prompt stay.
 
-    kv: the prompt, after merging. kept: per KV head the indices, ascending; None if all stay. state: per KV head the evictor's state of the kept tokens.
+    kv: the prompt, after merging. kept: per KV head the indices, ascending; None if all stay.
+    state: per KV head the evictor's state of the kept tokens.
     """
 
     kv: LayerKV

@@ -185,7 +185,9 @@ class PagedSegment(Segment):
             pages = cat_pages([pages[:n] for pages, n in zip(self._heads(), whole, strict=True)])
             segments.append(PagedSegment(pages=pages, offsets=_offsets(whole), page_bounds=bounds))
         heads = self.decode(dtype)
-        rest = [(k[p * PAGE_TOKENS : n], v[p * PAGE_TOKENS : n]) for (k, v), p, n in zip(heads, whole, lengths, strict=True)]
+        rest = [
+            (k[p * PAGE_TOKENS : n], v[p * PAGE_TOKENS : n]) for (k, v), p, n in zip(heads, whole, lengths, strict=True)
+        ]
         if any(len(k) for k, _ in rest):
             segments.append(DenseSegment.of(rest, summarize=summarize))
         return segments

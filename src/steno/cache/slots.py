@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,8 +45,13 @@ class SlotBlock:
             bigger[:, : self.length] = x[:, : self.length]
             return bigger
 
-        tensors = {f.name: grow(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            keys=grow(self.keys),
+            values=grow(self.values),
+            positions=grow(self.positions),
+            state=grow(self.state),
+        )
 
     @property
     def num_heads(self) -> int:
@@ -89,8 +94,8 @@ class SlotBlock:
         order = priority.gather(1, by_position).argsort(dim=1, descending=True, stable=True)
         keep = by_position.gather(1, order)[:, : self.budget].sort(dim=1).values  # [g, budget]
         heads = torch.arange(self.num_heads, device=keep.device)[:, None]
-        parts = (x[heads, keep] for x in (self.keys, self.values, self.positions, self.state))
-        return SlotBlock.of(*parts, budget=self.budget)
+        kept = [x[heads, keep] for x in (self.keys, self.values, self.positions, self.state)]
+        return SlotBlock.of(kept[0], kept[1], kept[2], kept[3], self.budget)
 
     def drop_from(self, position: int) -> None:
         """Removes the tokens at `position` and after; they are the last slots as long as nothing was evicted since."""

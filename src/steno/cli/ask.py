@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embedded model, Hugging Face id, local folder or GGUF file (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--recipe", metavar="R", default=DEFAULT_RECIPE, help="what to keep (default: %(default)r)")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default: %(default)s)"
+    )
     parser.add_argument("--compare", action="store_true", help="answer once more with the full cache, and compare")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and table")
     sampling = parser.add_argument_group("sampling (default: greedy)")
@@ -47,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", metavar="S", type=int, default=0)
     sampling.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end the answer here; repeatable")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--dtype", metavar="D", help="compute in float32, bfloat16 or float16 (default: the machine's best)")
+    machine.add_argument(
+        "--dtype", metavar="D", help="compute in float32, bfloat16 or float16 (default: the machine's best)"
+    )
     machine.add_argument("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -169,7 +173,7 @@ def _comparison(answer: Answer, full: Answer, full_context: Context) -> dict[str
 def _print_table(result: dict[str, Any]) -> None:
     ratio = result["kv_bytes_full"] / result["kv_bytes"]
     speed = result["decode_tok_per_s"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("model", result["model"]),
         ("recipe", result["recipe"]),
         ("prompt tokens", f"{result['prompt_tokens']:,}"),

@@ -58,4 +58,7 @@ def language_reference(count_tokens: Callable[[str], int]) -> tuple[str, str]:
             high = middle - 1
     text = "\n\n".join(paragraphs[:low])
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return text, f"the first {count_tokens(text)} tokens of 'Compound statements' in the Python {version} language reference"
+    return (
+        text,
+        f"the first {count_tokens(text)} tokens of 'Compound statements' in the Python {version} language reference",
+    )

@@ -64,9 +64,9 @@ def decode_steps(
     while made < max_new_tokens:
         inputs = torch.tensor([pending + drafts], dtype=torch.long, device=model.device)
         with torch.inference_mode():
-            logits = model(
-                inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(drafts) + 1
-            ).logits[0]  # [K + 1, V]
+            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(drafts) + 1).logits[
+                0
+            ]  # [K + 1, V]
         nfe += 1
         accepted = _accept(logits, drafts, tokens, sampler, end_tokens, max_new_tokens - made)
         if nfe > 1 and drafting:

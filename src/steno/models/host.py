@@ -112,7 +112,9 @@ def steno_attention(
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout:
-        raise UnsupportedAttention(f"attention dropout of {dropout} with soft cap or sinks; set it to 0 or call eval().")
+        raise UnsupportedAttention(
+            f"attention dropout of {dropout} with soft cap or sinks; set it to 0 or call eval()."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
     return out.transpose(1, 2).contiguous(), None
@@ -137,7 +139,9 @@ def _attend_cache(
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise UnsupportedAttention(f"{where}: attention that is not causal.")
     if kwargs.get("output_attentions"):
-        raise UnsupportedAttention(f"{where}: output_attentions=True; the weights are never built. Use 'eager' for them.")
+        raise UnsupportedAttention(
+            f"{where}: output_attentions=True; the weights are never built. Use 'eager' for them."
+        )
     window = kwargs.get("sliding_window")
     if window is not None and layer.seen + query.shape[2] > window:
         raise UnsupportedAttention(
@@ -193,5 +197,3 @@ def register() -> None:
     """Enters the name `steno` in transformers' two public registries. Called once, when steno is imported."""
     AttentionInterface.register(NAME, steno_attention)
     AttentionMaskInterface.register(NAME, host_mask)
-
-
