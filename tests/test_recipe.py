@@ -29,6 +29,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "kernel": st.integers(0, 9).map(lambda n: 2 * n + 1),
     "group": st.sampled_from([8, 16, 32, 64]),
     "bits": st.sampled_from([2, 4, 8]),
+    "statistics": st.none() | st.text(min_size=1).filter(str.strip),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
 }
 
@@ -216,3 +217,10 @@ def test_bad_recipe_objects() -> None:
     with pytest.raises(RecipeError, match="`budget` must be a Budget"):
         Recipe(budget="20%")  # type: ignore[arg-type]
     assert list(KINDS).index("score") == 0
+
+
+@pytest.mark.parametrize("name", ["a@b", "it's @ 5%", 'a "quote" @', "back\\slash@", "|", "#"])
+def test_a_file_name_may_hold_any_character(name: str) -> None:
+    recipe = parse_recipe(f"expected_attention(statistics={name!r}) @ 20%")
+    assert getattr(recipe.score, "statistics", None) == name
+    assert parse_recipe(str(recipe)) == recipe

@@ -207,12 +207,10 @@ def parse_recipe(text: str) -> Recipe:
     """
     if not isinstance(text, str) or len(text) > MAX_CHARS:
         raise RecipeError(f"a recipe must be text of at most {MAX_CHARS} characters; got {shown(text)}.")
-    chain, at, budget_text = text.rpartition("@")
-    if not at:
-        chain = text
-    if "@" in chain:
+    chain, *budgets = _split_at(text)
+    if len(budgets) > 1:
         raise RecipeError(f"a recipe has one budget, after one `@`; got {shown(text)}.")
-    budget = Budget.parse(budget_text.strip()) if at else None
+    budget = Budget.parse(budgets[0].strip()) if budgets else None
     if chain.strip() == "full":
         return Recipe(budget=budget or WHOLE)
     stages = [_build(node) for node in _nodes(chain)]
@@ -221,6 +219,22 @@ def parse_recipe(text: str) -> Recipe:
         name = by_kind["score"].id
         raise BudgetError(f"{name} chooses tokens, so the recipe needs a budget: e.g. `{name} @ 25%`.")
     return Recipe(budget=budget or WHOLE, **cast(dict[str, Any], by_kind))
+
+
+def _split_at(text: str) -> list[str]:
+    """The parts of `text` between the `@` that stand outside of quotes."""
+    parts, start, quote, i = [], 0, "", 0
+    while i < len(text):
+        if quote:
+            i += text[i] == "\\"  # what a backslash escapes closes nothing
+            quote = "" if text[i : i + 1] == quote else quote
+        elif text[i] in "'\"":
+            quote = text[i]
+        elif text[i] == "@":
+            parts.append(text[start:i])
+            start = i + 1
+        i += 1
+    return [*parts, text[start:]]
 
 
 def _nodes(chain: str) -> list[ast.expr]:

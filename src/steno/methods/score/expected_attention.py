@@ -9,14 +9,20 @@ Cost: 2*H*S*D*D FLOPs for the quadratic form; one fp32 temporary of G*S*D at a t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from steno.methods.checks import require_bool, require_int, require_real
+from steno.calibration import load_calibration
+from steno.errors import CalibrationError
+from steno.methods.checks import require_bool, require_int, require_real, require_text
 from steno.types import LayerKV, Need, Observation, Rope
+
+STATISTICS = ("query_mean", "query_cov")
+"""Tensors of a statistics file: `[L, H, D]` and `[L, H, D, D]`, of the layers that hold keys under a recipe."""
 
 
 @final
@@ -36,11 +42,16 @@ class ExpectedAttention:
         Whether the norm of the value counts.
     eps : float, default 0.0
         Added to the attention before the norm of the value multiplies it.
+    statistics : str or None, default None
+        A file of `steno calibrate expected_attention` with the mean and covariance of the queries; None takes them from
+        the prompt.
 
     Raises
     ------
     BadArgument
         If a value is of another type or out of range.
+    CalibrationError
+        When scoring, if the file of `statistics` cannot be used.
     """
 
     id: ClassVar[str] = "expected_attention"
@@ -64,6 +75,7 @@ class ExpectedAttention:
     covariance: bool = True
     value_norm: bool = True
     eps: float = 0.0
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         require_int("future_positions", self.future_positions, 1, 2**20)
@@ -71,6 +83,8 @@ class ExpectedAttention:
         require_bool("covariance", self.covariance)
         require_bool("value_norm", self.value_norm)
         require_real("eps", self.eps, 0, 1e6)
+        if self.statistics is not None:
+            require_text("statistics", self.statistics)
 
     @property
     def query_window(self) -> int:
@@ -97,11 +111,18 @@ class ExpectedAttention:
                 scores[:, first:] *= kv.values[:, first:].float().norm(dim=-1)
         return scores
 
-    def _future_queries(self, kv: LayerKV, obs: Observation) -> tuple[Tensor, Tensor]:
-        """Mean `[Hkv, G, D]` and covariance `[Hkv, G, D, D]` of the queries to come, rotated."""
+    def _statistics(self, obs: Observation) -> tuple[Tensor, Tensor]:
+        """Mean `[H, D]` and covariance `[H, D, D]` fp32 of the queries before rotation."""
         assert obs.query_mean is not None, "the host gathers QUERY_STATISTICS"
         assert obs.query_cov is not None, "the host gathers QUERY_STATISTICS"
-        mean, cov = obs.query_mean.float(), obs.query_cov.float() * self.covariance  # [H, D], [H, D, D]
+        if self.statistics is not None:
+            return _of_layer(load_calibration(self.statistics, STATISTICS), obs, obs.query_mean)
+        return obs.query_mean.float(), obs.query_cov.float()
+
+    def _future_queries(self, kv: LayerKV, obs: Observation) -> tuple[Tensor, Tensor]:
+        """Mean `[Hkv, G, D]` and covariance `[Hkv, G, D, D]` of the queries to come, rotated."""
+        mean, cov = self._statistics(obs)
+        cov = cov * self.covariance
         if obs.rope is not None:
             start = int(kv.positions[-1]) + 1
             cos, sin = _mean_rotation(obs.rope, start, self.future_positions, mean.device)
@@ -109,6 +130,18 @@ class ExpectedAttention:
             cov = _rotate(_rotate(cov, cos, sin).mT, cos, sin)  # R cov R^T, cov is symmetric
         heads, dim = kv.num_kv_heads, kv.head_dim
         return mean.reshape(heads, -1, dim), cov.reshape(heads, -1, dim, dim)
+
+
+def _of_layer(tensors: Mapping[str, Tensor], obs: Observation, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[H, D]` and covariance `[H, D, D]` of one layer from those of all, if they fit the model."""
+    mean, cov = tensors["query_mean"], tensors["query_cov"]
+    heads, dim = like.shape
+    wanted = [obs.num_layers, heads, dim]
+    if list(mean.shape) != wanted or list(cov.shape) != [*wanted, dim]:
+        raise CalibrationError(
+            f"the query statistics must be those of this model, {wanted}; got {list(mean.shape)}: calibrate on this model."
+        )
+    return mean[obs.layer_idx].to(like.device), cov[obs.layer_idx].to(like.device)
 
 
 def _mean_rotation(rope: Rope, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

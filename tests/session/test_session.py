@@ -1,0 +1,265 @@
+"""Reading a document and asking about it, on tiny random models with a byte tokenizer on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import steno
+from steno.decode.sampler import Sampling
+from steno.errors import BudgetError, PromptError, RecipeError
+from tiny import build
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 6
+QUESTION = "Where is the key?"
+RECIPES = [
+    "full", "int4", "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "tova @ 100", "kvzip | adakv @ 40%",
+    "kvzip(chunk_tokens=50) | int8 @ 60%",
+]  # fmt: skip
+
+
+def save(folder: Path, name: str, template: str | None) -> Path:
+    backend = Tokenizer(models.BPE({token: idx for idx, token in enumerate(TOKENS)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=SPECIALS[1], eos_token=SPECIALS[2], pad_token=SPECIALS[0]
+    )
+    if template:
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    model = build(name, vocab_size=len(TOKENS), max_position_embeddings=1200, eos_token_id=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A model by architecture and template, loaded once."""
+    loaded: dict[tuple[str, bool], Any] = {}
+
+    def get(name: str = "llama", *, template: bool = True) -> Any:
+        if (name, template) not in loaded:
+            folder = save(tmp_path_factory.mktemp("models") / name, name, TEMPLATE if template else None)
+            loaded[name, template] = steno.load(folder, dtype="fp32")
+        return loaded[name, template]
+
+    return get
+
+
+def answer(ctx: Any, question: str = QUESTION, **options: Any) -> str:
+    return "".join(step.text for step in ctx.ask(question, **{"max_new_tokens": 12, **options}))
+
+
+def layer_states(cache: Any) -> list[torch.Tensor]:
+    """What transformers' own layers hold, and what ours do."""
+    others = [x.clone() for layer in cache.layers if layer not in cache.own_layers for x in (layer.keys, layer.values)]
+    ours = [x for layer in cache.own_layers for pair in layer.content.decode_row(0, torch.float32) for x in pair]
+    return others + ours
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("recipe", "template"), [*((recipe, True) for recipe in RECIPES), (RECIPES[-1], False)])
+def test_questions_do_not_touch_the_context(load: Callable[..., Any], recipe: str, template: bool) -> None:
+    lm = load(template=template)
+    ctx = lm.read(DOCUMENT, recipe)
+    before, questions = layer_states(ctx.cache), [QUESTION, "Who?", QUESTION]
+    together = [answer(ctx, question) for question in questions]
+    ctx.cache.check_integrity()
+    assert together[0] == together[2] != ""
+    assert together[:2] == [answer(lm.read(DOCUMENT, recipe), question) for question in questions[:2]]
+    assert same(layer_states(ctx.cache), before)
+
+
+def test_two_answers_at_the_same_time(load: Callable[..., Any]) -> None:
+    ctx = load().read(DOCUMENT, "int4")
+    alone = [answer(ctx, question) for question in (QUESTION, "Who?")]
+    streams = [ctx.ask(question, max_new_tokens=12) for question in (QUESTION, "Who?")]
+    texts = ["", ""]
+    for pair in zip(*streams, strict=False):
+        texts = [text + step.text for text, step in zip(texts, pair, strict=True)]
+    texts = [text + "".join(step.text for step in stream) for text, stream in zip(texts, streams, strict=True)]
+    assert texts == alone
+
+
+def test_answer_is_that_of_transformers(load: Callable[..., Any]) -> None:
+    lm = load()
+    text = f"{DOCUMENT}\n\n{QUESTION}"
+    ids = lm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    lm.model.set_attn_implementation("sdpa")
+    out = lm.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    lm.model.set_attn_implementation("steno")
+    steps = list(lm.read(DOCUMENT).ask(QUESTION, max_new_tokens=12))
+    assert [token for step in steps for token in step.token_ids] == out.tolist()
+    assert "".join(step.text for step in steps) == lm.tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("recipe", ["kvzip @ 40%", "kvzip(chunk_tokens=70) | adakv | int4 @ 50%", "keydiff @ 40%"])
+def test_sliding_layers_stay_clean(load: Callable[..., Any], recipe: str) -> None:
+    lm = load("gemma3")
+    ctx, full = lm.read(DOCUMENT, recipe), lm.read(DOCUMENT)
+    mine, its = (
+        [x for layer in c.cache.layers if layer not in c.cache.own_layers for x in (layer.keys, layer.values)]
+        for c in (ctx, full)
+    )
+    assert len(mine) == 4
+    # the first sliding layer comes before any compression, so a replay alone could have changed it
+    assert same(mine, its)
+    before = layer_states(ctx.cache)
+    first = answer(ctx)
+    assert same(layer_states(ctx.cache), before)
+    assert first == answer(ctx) == answer(lm.read(DOCUMENT, recipe))
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("chunk", [37, 120, 2000])
+def test_kvzip_keeps_prefix_sinks_and_its_budget(load: Callable[..., Any], chunk: int, template: bool) -> None:
+    lm = load(template=template)
+    ctx = lm.read(DOCUMENT, f"kvzip(chunk_tokens={chunk}) @ 30%")
+    num_tokens, prefix = len(ctx.tokens), lm.prompt_tokens(DOCUMENT)[1]
+    assert prefix > 0 or not template
+    for layer in ctx.cache.own_layers:
+        for positions in layer.content.positions(0, num_tokens):
+            assert len(positions) == int(num_tokens * 0.3)
+            assert positions[: max(prefix, 4)].tolist() == list(range(max(prefix, 4)))
+    assert ctx.cache.seen_tokens == num_tokens
+    assert ctx.report().kv_bytes_full == num_tokens * 3 * 2 * 2 * 12 * 4
+
+
+def test_kvzip_needs_room_for_the_replay(load: Callable[..., Any]) -> None:
+    text = "a" * 1050
+    load().read(text, "keydiff @ 40%")
+    with pytest.raises(PromptError, match=r"free positions; the prompt of \d+ tokens leaves \d+ of 1200"):
+        load().read(text, "kvzip @ 40%")
+
+
+def test_replay_stays_within_the_positions(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load()
+    longest = 0
+
+    def watch(model: Any, args: Any, kwargs: Any) -> None:
+        nonlocal longest
+        longest = max(longest, kwargs["past_key_values"].get_seq_length() + args[0].shape[1])
+
+    handle = lm.model.register_forward_pre_hook(watch, with_kwargs=True)
+    lm.read("a" * 700, "kvzip @ 40%")
+    handle.remove()
+    assert 1000 < longest <= 1200
+
+
+@pytest.mark.parametrize(("reserve", "over"), [(0, 13), (100, 113)])
+def test_too_long_a_document_says_by_how_much(load: Callable[..., Any], reserve: int, over: int) -> None:
+    lm = load()
+    text = "a" * (1213 - len(lm.prompt_tokens("")[0]))
+    with pytest.raises(
+        PromptError, match=rf"has 1213 tokens .* {over} more than the 1200 positions .* about {over} tokens"
+    ):
+        lm.read(text, reserve_tokens=reserve)
+
+
+def test_too_long_a_question_says_by_how_much(load: Callable[..., Any]) -> None:
+    ctx = load().read("a" * 1100)
+    with pytest.raises(PromptError, match="1200 positions"):
+        ctx.ask("b" * 90)
+    with pytest.raises(PromptError, match="1200 positions"):
+        ctx.ask("b", max_new_tokens=90)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_empty_document_and_question(load: Callable[..., Any], text: str) -> None:
+    with pytest.raises(PromptError, match="document is empty"):
+        load().read(text)
+    with pytest.raises(PromptError, match="question is empty"):
+        load().read("a").ask(text)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"stop": "END"}, {"stop": ["a", ""]}])
+def test_bad_options_are_named(load: Callable[..., Any], options: dict[str, Any]) -> None:
+    [name] = options
+    with pytest.raises(PromptError, match=f"`{name}` must be"):
+        load().read("a").ask(QUESTION, **options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("snapkv @ 20", "20 of .* always keeps 64"), ("keydiff @ 10B", "too little"), ("kvzip @ 0.2%", "always keeps 4")],
+)
+def test_budget_below_what_is_protected(load: Callable[..., Any], recipe: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        load().read(DOCUMENT, recipe)
+
+
+def test_bad_recipe_comes_first(load: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError):
+        load().read("", "snapvk @ 20")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "noted"), [("tova @ 5000", True), ("kvzip @ 100%", True), ("keydiff @ 50", False), ("int4", False)]
+)
+def test_a_budget_above_the_prompt_is_noted(load: Callable[..., Any], recipe: str, noted: bool) -> None:
+    report = load().read(DOCUMENT, recipe).report()
+    assert ("nothing was dropped" in report.note) == noted
+    assert ("nothing was dropped" in str(report)) == noted
+    assert report.held_tokens_mean == (50 if recipe == "keydiff @ 50" else report.prompt_tokens)
+    assert report.kv_bytes <= report.kv_bytes_peak
+
+
+def test_control_tokens_in_a_document_are_plain_text(load: Callable[..., Any]) -> None:
+    lm = load()
+    tokens, prefix = lm.prompt_tokens("a<|im_end|>b")
+    assert not {0, 1, 2} & set(tokens[prefix:])
+    assert lm.tokenizer.decode(tokens[prefix:]) == "a<|im_end|>b"
+
+
+def test_answer_prefix_stop_and_sampling(load: Callable[..., Any]) -> None:
+    ctx = load().read(DOCUMENT)
+    whole = answer(ctx, max_new_tokens=40)
+    stop = whole[len(whole) // 2]
+    assert answer(ctx, max_new_tokens=40, stop=[stop]) == whole[: whole.index(stop)]
+    assert answer(ctx, answer_prefix="The") != whole
+    seeded = Sampling(temperature=1.0, seed=1)
+    assert (
+        answer(ctx, sampling=seeded)
+        == answer(ctx, sampling=seeded)
+        != answer(ctx, sampling=Sampling(temperature=1.0, seed=2))
+    )
+    assert all(
+        step.logprobs.shape == (1, len(TOKENS))
+        for step in ctx.ask(QUESTION, max_new_tokens=3, keep_logprobs=True)
+        if step.token_ids
+    )
+
+
+def test_progress_reaches_the_end_of_each_part(load: Callable[..., Any]) -> None:
+    calls: list[tuple[str, int, int]] = []
+    load().read(DOCUMENT, "kvzip @ 40%", progress=lambda *call: calls.append(call))
+    assert [call for call in calls if call[1] == call[2]] == [("reading", 3, 3), ("replaying", 3, 3)]
+
+
+def test_a_context_can_be_continued_by_generate(load: Callable[..., Any]) -> None:
+    lm = load()
+    ctx = lm.read(DOCUMENT, "int8")
+    new = lm.tokenize(lm.template.between + QUESTION + lm.template.after)
+    ids = torch.tensor([ctx.tokens + new])
+    out = lm.model.generate(ids, past_key_values=ctx.cache.fork(), max_new_tokens=12, do_sample=False)[
+        0, ids.shape[1] :
+    ]
+    assert lm.tokenizer.decode(out, skip_special_tokens=True) == answer(ctx)
