@@ -27,7 +27,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "value_norm": st.booleans(),
     "pool": st.sampled_from(["avg", "max"]),
     "kernel": st.integers(0, 9).map(lambda n: 2 * n + 1),
-    "group": st.sampled_from([8, 16, 32, 64]),
+    "group": st.sampled_from([16, 32, 64]),
     "bits": st.sampled_from([2, 4, 8]),
     "statistics": st.none() | st.text(min_size=1).filter(str.strip),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),

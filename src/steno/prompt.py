@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+from steno.errors import ModelError
+
 _DOCUMENT, _QUESTION = "\u241estenodocument\u241e", "\u241estenoquestion\u241e"
 
 
@@ -28,6 +30,11 @@ class Template:
             return cls(before=bos, between="\n\nQuestion: ", after="\nAnswer:")
         message = {"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}
         text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        if text.count(_DOCUMENT) != 1 or text.count(_QUESTION) != 1:
+            raise ModelError(
+                "the chat template must show a message exactly once, so that the document can be cut from the question; "
+                f"this one shows it {text.count(_DOCUMENT)} times."
+            )
         before, rest = text.split(_DOCUMENT)
         between, after = rest.split(_QUESTION)
         return cls(before=before, between=between, after=after)

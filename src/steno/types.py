@@ -74,6 +74,7 @@ class Observation:
     query_mean `[H, D]`, query_cov `[H, D, D]` fp32: of pre-RoPE queries, biased covariance.
     attention_mass: `[H, S]` fp32, column sums of the softmax over all queries of the prompt.
     replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
+    scaling, softcap: of the logits, `softcap * tanh(scaling * q.k / softcap)`, plain where softcap is None.
     budget_tokens: what the layer may keep, tokens per KV head on average.
     """
 
@@ -81,6 +82,7 @@ class Observation:
     num_layers: int
     scaling: float
     budget_tokens: int
+    softcap: float | None = None
     rope: Rope | None = None
     queries: Tensor | None = None
     query_mean: Tensor | None = None

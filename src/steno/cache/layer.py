@@ -398,7 +398,9 @@ class LayerCache(CacheLayerMixin):
     def observation(self) -> Observation:
         """What was observed so far of the one row that is being read; for calibration."""
         if len(self._observers) != 1:
-            raise CacheError(f"calibration reads one row that is not complete yet; the layer has {len(self._observers)}.")
+            raise CacheError(
+                f"calibration reads one row that is not complete yet; the layer has {len(self._observers)}."
+            )
         return self._observers[0].observation(
             layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
         )

@@ -61,6 +61,7 @@ class PromptObserver:
             layer_idx=layer_idx,
             num_layers=num_layers,
             scaling=self.scale,
+            softcap=self.softcap,
             budget_tokens=budget_tokens,
             rope=self.rope,
             queries=self.queries,

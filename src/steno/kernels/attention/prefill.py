@@ -46,7 +46,9 @@ def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: 
         grouped = block.reshape(q.shape[0], k.shape[1], -1, block.shape[2], q.shape[3])  # [B, Hkv, G, T, D]
         logits = torch.einsum("bkgtd,bksd->bkgts", grouped, k[:, :, :end]).float() * scale
         if causal:
-            logits.masked_fill_(torch.ones(block.shape[2], end, dtype=torch.bool, device=q.device).triu_(a + 1), -torch.inf)
+            logits.masked_fill_(
+                torch.ones(block.shape[2], end, dtype=torch.bool, device=q.device).triu_(a + 1), -torch.inf
+            )
         out = torch.einsum("bkgts,bksd->bkgtd", logits.softmax(-1).to(v.dtype), v[:, :, :end])
         outs.append(out.reshape(block.shape))
         lses.append(logits.logsumexp(-1).reshape(block.shape[:3]))

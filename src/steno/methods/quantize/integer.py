@@ -15,7 +15,7 @@ from typing import ClassVar, final
 from steno.methods.checks import require_choice
 from steno.types import PAGE_TOKENS, Need, PageFormat
 
-_GROUPS = (8, 16, 32, 64)
+_GROUPS = (16, 32, 64)
 _PAPER = "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
 _DIFFERS = (
     "The minimum is stored in place of a whole zero point; each group's range is its own, not calibrated; "
@@ -31,7 +31,7 @@ class Int8:
     Parameters
     ----------
     group : int, default 64
-        Tokens of a key channel, and channels of a value, that share a scale: 8, 16, 32 or 64.
+        Tokens of a key channel, and channels of a value, that share a scale: 16, 32 or 64.
 
     Raises
     ------

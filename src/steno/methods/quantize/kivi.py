@@ -27,7 +27,7 @@ class KIVI:
     bits : int, default 2 bits
         8, 4 or 2, for keys and values.
     group : int, default 32
-        Tokens of a key channel, and channels of a value, that share a scale: 8, 16, 32 or 64.
+        Tokens of a key channel, and channels of a value, that share a scale: 16, 32 or 64.
     residual : int, default 128 tokens
         The tail becomes pages when it holds this many; a multiple of 64.
 
@@ -57,7 +57,7 @@ class KIVI:
 
     def __post_init__(self) -> None:
         require_choice("bits", self.bits, (8, 4, 2))
-        require_choice("group", self.group, (8, 16, 32, 64))
+        require_choice("group", self.group, (16, 32, 64))
         require_int("residual", self.residual, PAGE_TOKENS)
         if self.residual % PAGE_TOKENS:
             raise BadArgument(f"`residual` must be a multiple of {PAGE_TOKENS}; got residual={self.residual}.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from steno.errors import BadArgument
+from steno.kernels.attention import attention_weights
 from steno.methods.checks import require_choice, require_int
 from steno.types import LayerKV, Need, Observation
 
@@ -85,9 +86,9 @@ class SnapKV:
         scores = torch.full((kv.num_kv_heads, kv.num_tokens), torch.inf, device=kv.keys.device)  # [Hkv, S]
         if kv.num_tokens > self.window:
             assert obs.queries is not None, "the host gathers QUERIES"
-            grouped = obs.queries.reshape(kv.num_kv_heads, -1, *obs.queries.shape[1:])  # [Hkv, G, w, D]
-            mass = [_window_mass(q, k, obs.scaling) for q, k in zip(grouped, kv.keys, strict=True)]
-            scores[:, : -self.window] = self._pooled(torch.stack(mass)[:, : -self.window])  # [Hkv, S - w]
+            weights = attention_weights(obs.queries, kv.keys, scale=obs.scaling, softcap=obs.softcap)  # [H, w, S]
+            mass = weights.mean(1).reshape(kv.num_kv_heads, -1, kv.num_tokens).mean(1)  # [Hkv, S]
+            scores[:, : -self.window] = self._pooled(mass[:, : -self.window])  # [Hkv, S - w]
         return scores
 
     def _pooled(self, mass: Tensor) -> Tensor:
@@ -95,12 +96,3 @@ class SnapKV:
         pool = avg_pool1d if self.pool == "avg" else max_pool1d
         pooled: Tensor = pool(mass[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]  # [Hkv, N]
         return pooled
-
-
-def _window_mass(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Mean attention `[S]` of the last w queries `[G, w, D]` of one KV head over its keys `[S, D]`, causal."""
-    w = queries.shape[1]
-    logits = queries.float() @ keys.float().T * scaling  # [G, w, S]
-    future = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)  # [w, w]
-    logits[..., -w:].masked_fill_(future, -torch.inf)
-    return logits.softmax(-1).mean((0, 1))  # [S]

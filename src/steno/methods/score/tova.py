@@ -14,6 +14,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from steno.kernels.attention import attention_weights
 from steno.types import LayerKV, Need, Observation
 
 
@@ -53,8 +54,8 @@ class TOVA:
     def prefill_state(self, kv: LayerKV, obs: Observation) -> Tensor:
         """The last prompt query's attention, mean over all heads, the same for each KV head: `[Hkv, S]`."""
         assert obs.queries is not None, "the host gathers QUERIES"
-        last = obs.queries[:, -1].float().reshape(kv.num_kv_heads, -1, kv.head_dim)  # [Hkv, G, D]
-        weights = (last @ kv.keys.float().mT * obs.scaling).softmax(-1)  # [Hkv, G, S]
+        last = obs.queries[:, -1:]  # [H, 1, D]
+        weights = attention_weights(last, kv.keys, scale=obs.scaling, softcap=obs.softcap)  # [H, 1, S]
         return weights.mean((0, 1)).repeat(kv.num_kv_heads, 1)  # [Hkv, S]
 
     def observe(self, state: Tensor, weights: Tensor) -> Tensor:
