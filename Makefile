@@ -9,7 +9,8 @@ NATIVE := $(wildcard src/steno/kernels/csrc/*)
 .PHONY: demo test slow lint model bench clean
 
 demo: $(VENV)/.installed
-	@$(BIN)/steno ask "What does the 'with' statement do?" --recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 80
+	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
+		--recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 48
 
 test: lint model
 	$(BIN)/python -m pytest
@@ -23,7 +24,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 model: $(VENV)/.installed
-	@$(BIN)/python -m steno.models.embedded
+	@$(BIN)/python -c "import steno; steno.load()"
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode.py

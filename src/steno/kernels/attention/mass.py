@@ -7,6 +7,8 @@ from torch import Tensor
 
 from steno.errors import BadArgument
 
+from . import dense
+
 
 def attention_mass(
     q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, offset: int, block: int = 256
@@ -51,12 +53,19 @@ def _softmax(q: Tensor, k: Tensor, last_seen: Tensor, scale: float, softcap: flo
     return x.masked_fill_(hidden, -torch.inf).softmax(dim=2)
 
 
-def max_attention(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, block: int = 512) -> Tensor:
+def max_attention(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:
     """The largest attention weight that each key gets from any query: `max_q exp(scale * q.k - lse_q)`.
 
     q: `[H, T, D]`; k: `[Hkv, S, D]`; lse: `[H, T]`, the log-sum-exp of the softmax that the weights belong to, which may
     run over more keys than these. Returns `[Hkv, S]` fp32, the maximum over the queries of the group too.
     """
+    if dense.can_run(q, k):
+        return dense.max_attention(q, k, lse, scale=scale)
+    return naive_max_attention(q, k, lse, scale=scale)
+
+
+def naive_max_attention(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, block: int = 512) -> Tensor:
+    """`max_attention` in plain torch, `block` queries at a time."""
     num_kv_heads, num_keys, dim = k.shape
     # one more channel carries -lse, so that a product and a maximum are all there is to do
     queries = torch.cat([q.float() * scale, -lse.float()[..., None]], dim=-1).reshape(num_kv_heads, -1, dim + 1)

@@ -1,4 +1,4 @@
-"""Attention of many queries over dense keys: PyTorch's flash kernels in parts, never a T×T mask."""
+"""Attention of many queries over dense keys: flash kernels in parts, never a T×T mask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steno.kernels.attention import dense
 from steno.kernels.attention.merge import merge_attention
 
 QUERY_BLOCK = 512
@@ -30,11 +31,13 @@ def causal_attention(
 
 
 def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention of T queries over S keys with its log-sum-exp, by PyTorch's flash kernel for CPUs where it can.
+    """Attention of T queries over S keys with its log-sum-exp: natively, else by PyTorch's flash kernel for CPUs, else in blocks.
 
     q: `[B, H, T, D]`; k, v: `[B, Hkv, S, D]`; causal: S = T and query t sees keys `0 .. t`; otherwise all keys.
     Returns out `[B, H, T, D]` in q's dtype and log-sum-exp `[B, H, T]` fp32.
     """
+    if dense.can_run(q, k, v):
+        return dense.flash_attention(q, k, v, scale=scale, causal=causal)
     if q.device.type == "cpu" and q.dtype != torch.float64:
         # the operator behind SDPA on a CPU; SDPA itself does not hand out the log-sum-exp
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)

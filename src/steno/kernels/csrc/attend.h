@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
@@ -87,7 +87,3 @@ inline int64_t count_tiles(const Problem &p, const Entry &entry, bool is_tail, i
 
 // Attention of a unit over its tiles [begin, end), counted through its spans in order.
 using Kernel = void (*)(const Problem &, const Unit &, int64_t begin, int64_t end, const Scratch &, const Partial &);
-
-extern const Kernel kPortableKernel;
-extern const Kernel kAvx2Kernel;    // null where it was not compiled
-extern const Kernel kAvx512Kernel;  // null where it was not compiled

@@ -1,9 +1,9 @@
-// The algorithm, written once over a vector of 16 floats `F` and compiled once per instruction set. The file that includes
-// this one defines, in the same anonymous namespace, F and I (16 floats, 16 dwords), load, store, set1, add, sub, mul, div,
-// fma, max, prefetch, round, times_pow2, abs_of, with_sign_of, hsum, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float,
-// decode_int8, load_line, shift_right, decode_low, transpose16 and kAccumulators, the F that fit its registers.
-// Nothing here may be shared between the builds: the linker would keep one copy, with instructions that a machine may lack.
-// So no std:: templates either.
+// The algorithm, written once over a vector of 16 floats `F` and compiled once per instruction set. The file that
+// includes this one defines, in the same anonymous namespace, F and I (16 floats, 16 dwords), load, store, set1, add,
+// sub, mul, div, fma, max, prefetch, round, times_pow2, fraction, times_pow2_floor, any_greater, abs_of, with_sign_of,
+// hsum, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, decode_int8, load_line, shift_right,
+// decode_low, transpose16 and kAccumulators, the F that fit its registers. Nothing here may be shared between the
+// builds: the linker would keep one copy, with instructions that a machine may lack. So no std:: templates either.
 #include "math.inl"
 #include "operands.inl"
 #include "products.inl"
@@ -29,11 +29,13 @@ struct PageOperand {
     }
 };
 
-inline PageOperand page_operand(const Entry &e, const uint8_t *codes, const uint16_t *params, int64_t rows, int64_t columns,
-                                int64_t group) {
+inline PageOperand page_operand(const Entry &e, const uint8_t *codes, const uint16_t *params, int64_t rows,
+                                int64_t columns, int64_t group) {
     const int64_t blocks = ceil_div(columns, kLanes), groups = ceil_div(columns, group);
     const uint64_t inverse = groups == 1 ? 0 : (uint64_t{1} << 32) / (group / kLanes) + 1;
-    return {{e.format, codes, params, rows, blocks, groups, inverse, 0, 0}, code_bytes(rows, blocks, e.format - 16), 2 * groups * rows};
+    return {{e.format, codes, params, rows, blocks, groups, inverse, 0, 0},
+            code_bytes(rows, blocks, e.format - 16),
+            2 * groups * rows};
 }
 
 // A span as a unit reads it.
@@ -52,7 +54,8 @@ inline SpanView view(const Problem &p, const Entry &e, bool is_tail) {
     return span;
 }
 
-// 64 tokens, or fewer at the end of a span. visible: tokens of the tile that the newest query sees, counted from its start.
+// 64 tokens, or fewer at the end of a span. visible: tokens of the tile that the newest query sees, counted from its
+// start.
 struct Tile {
     const Entry *entry;
     int64_t page;
@@ -83,8 +86,8 @@ inline F finish_logits(const Problem &p, const Tile &tile, int64_t query, float 
 }
 
 // The running softmax: the logits [kBatch][64] of vector v become weights.
-inline void update_softmax(const Problem &p, const Tile *tiles, int64_t count, int64_t query, float *logits, const Partial &out,
-                           int64_t v) {
+inline void update_softmax(const Problem &p, const Tile *tiles, int64_t count, int64_t query, float *logits,
+                           const Partial &out, int64_t v) {
     F tops = set1(-kInfinity);
     for (int64_t i = 0; i < count; i++) tops = max(tops, finish_logits(p, tiles[i], query, logits + i * kPageTokens));
     const float top = hmax(tops);
@@ -111,20 +114,22 @@ inline void update_softmax(const Problem &p, const Tile *tiles, int64_t count, i
 
 // The vectors v .. v + M - 1 of a unit over a batch of tiles.
 template <int M>
-void attend_vectors(const Problem &p, const Unit &unit, const Tile *tiles, int64_t count, int64_t v, const Scratch &scratch,
-                    const Partial &out) {
+void attend_vectors(const Problem &p, const Unit &unit, const Tile *tiles, int64_t count, int64_t v,
+                    const Scratch &scratch, const Partial &out) {
     constexpr int64_t kStride = kBatch * kPageTokens;
     const int64_t dim = padded_dim(p);
     float *acc = out.acc + v * dim, *logits = scratch.logits;
     for (int64_t i = 0; i < count; i++)
         multiply<M>(tiles[i].keys, scratch.q + v * dim, dim, scratch, {kZeros, 0, logits + i * kPageTokens, kStride});
     for (int m = 0; m < M; m++)  // 32 bits, as a wide division takes longer than the softmax
-        update_softmax(p, tiles, count, unit.first + static_cast<uint32_t>(v + m) / static_cast<uint32_t>(p.group), logits + m * kStride, out, v + m);
+        update_softmax(p, tiles, count, unit.first + static_cast<uint32_t>(v + m) / static_cast<uint32_t>(p.group),
+                       logits + m * kStride, out, v + m);
     for (int64_t i = 0; i < count; i++)
         multiply<M>(tiles[i].values, logits + i * kPageTokens, kStride, scratch, {acc, dim, acc, dim});
 }
 
-void attend_tiles(const Problem &p, const Unit &unit, const Tile *tiles, int64_t count, const Scratch &scratch, const Partial &out) {
+void attend_tiles(const Problem &p, const Unit &unit, const Tile *tiles, int64_t count, const Scratch &scratch,
+                  const Partial &out) {
     constexpr int kBlock = kAccumulators >= 4 * kMaxBlock ? kMaxBlock : kMaxDirect;
     for (int64_t v = 0; v < unit.num_vectors; v += kBlock) {
         const int64_t left = unit.num_vectors - v;
@@ -146,7 +151,8 @@ void place_operands(const SpanView &span, int64_t dim, bool direct, int64_t next
     if (is_paged(e)) {
         tile.keys = span.keys.at(tile.page, next);
         tile.values = span.values.at(tile.page, next);
-        if (!direct) tile.keys = dequantize(tile.keys, scratch.keys), tile.values = dequantize(tile.values, scratch.values);
+        if (!direct)
+            tile.keys = dequantize(tile.keys, scratch.keys), tile.values = dequantize(tile.values, scratch.values);
         return;
     }
     tile.keys = transpose_keys(e, token, tile.visible, dim, scratch.keys);
@@ -163,11 +169,13 @@ void load_queries(const Problem &p, const Unit &unit, float *dst) {
     for (int64_t v = 0; v < unit.num_vectors; v++) {
         const int64_t row = (unit.head * p.group + v % p.group) * p.num_queries + unit.first + v / p.group;
         const float *q = p.q + row * p.head_dim;
-        for (int64_t c = 0; c < dim; c += kLanes) store(dst + v * dim + c, mul(load_first(q + c, p.head_dim - c), scale));
+        for (int64_t c = 0; c < dim; c += kLanes)
+            store(dst + v * dim + c, mul(load_first(q + c, p.head_dim - c), scale));
     }
 }
 
-void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, const Scratch &scratch, const Partial &out) {
+void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, const Scratch &scratch,
+            const Partial &out) {
     load_queries(p, unit, scratch.q);
     const int64_t last = unit.first + unit.num_vectors / p.group - 1;  // the newest query
     const bool direct = unit.num_vectors <= kMaxDirect;

@@ -1,5 +1,5 @@
 // The kernel for AVX2 with FMA and F16C: a vector of 16 floats is two registers.
-#include "attend.h"
+#include "dense.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,6 +39,8 @@ inline __m256 pow2_of(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline F times_pow2(F x, F n) { return {_mm256_mul_ps(x.lo, pow2_of(n.lo)), _mm256_mul_ps(x.hi, pow2_of(n.hi))}; }
+inline F floor(F x) { return {_mm256_floor_ps(x.lo), _mm256_floor_ps(x.hi)}; }
+inline F fraction(F x) { return sub(x, floor(x)); }
 inline F abs_of(F x) {
     const __m256 sign = _mm256_set1_ps(-0.f);
     return {_mm256_andnot_ps(sign, x.lo), _mm256_andnot_ps(sign, x.hi)};
@@ -59,9 +61,16 @@ inline float hmax(F x) {
     t = _mm_max_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
+inline bool any_greater(F a, F b) {
+    const __m256 lo = _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), hi = _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ);
+    return _mm256_movemask_ps(_mm256_or_ps(lo, hi)) != 0;
+}
 inline F select_less(F a, F b, F yes, F no) {
     return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline F times_pow2_floor(F y, F x) {
+    return select_less(x, set1(-126.f), set1(0.f), times_pow2(y, floor(x)));
 }
 inline F keep_first(F x, int64_t n, float other) {
     const __m256 index = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_ps(static_cast<float>(n));
@@ -69,7 +78,9 @@ inline F keep_first(F x, int64_t n, float other) {
     return select_less(indices, {count, count}, x, set1(other));
 }
 
-inline __m256 load_eight_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+inline __m256 load_eight_halves(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
 inline F load_half(const uint16_t *p) { return {load_eight_halves(p), load_eight_halves(p + 8)}; }
 inline __m256 load_eight_bfloats(const uint16_t *p) {
     const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
@@ -121,10 +132,11 @@ inline void transpose16(F *x) {
 }
 
 #include "attend.inl"
+#include "dense.inl"
 
 }  // namespace
 
-const Kernel kAvx2Kernel = attend;
+const Kernels kAvx2Kernels = {attend, pack, flash, max_attention};
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -132,5 +144,5 @@ const Kernel kAvx2Kernel = attend;
 #pragma GCC pop_options
 #endif
 #else
-const Kernel kAvx2Kernel = nullptr;
+const Kernels kAvx2Kernels{};
 #endif

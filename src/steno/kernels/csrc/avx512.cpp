@@ -1,11 +1,12 @@
 // The kernel for AVX-512 (F, BW, DQ, VL).
-#include "attend.h"
+#include "dense.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -29,17 +30,26 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F times_pow2(F x, F n) { return _mm512_scalef_ps(x, n); }
+inline F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline F times_pow2_floor(F y, F x) {  // the instruction rounds the exponent down by itself
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.f), _CMP_NLT_UQ), y, x);
+}
 inline F abs_of(F x) { return _mm512_abs_ps(x); }
 inline F with_sign_of(F x, F sign) { return _mm512_or_ps(x, _mm512_and_ps(sign, set1(-0.f))); }
 inline float hsum(F x) { return _mm512_reduce_add_ps(x); }
 inline float hmax(F x) { return _mm512_reduce_max_ps(x); }
-inline F select_less(F a, F b, F yes, F no) { return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes); }
+inline bool any_greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+inline F select_less(F a, F b, F yes, F no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
+}
 inline F keep_first(F x, int64_t n, float other) {
     const __mmask16 keep = n >= kLanes ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
     return _mm512_mask_mov_ps(set1(other), keep, x);
 }
 
-inline F load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+inline F load_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
 inline F load_bfloat16(const uint16_t *p) {
     const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
@@ -71,7 +81,8 @@ inline void transpose16(F *x) {
         }
     for (int k = 0; k < 4; k++) {
         const F p = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), q = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
-        const F r = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88), s = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
+        const F r = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88),
+                s = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
         x[k] = _mm512_shuffle_f32x4(p, r, 0x88);
         x[8 + k] = _mm512_shuffle_f32x4(p, r, 0xdd);
         x[4 + k] = _mm512_shuffle_f32x4(q, s, 0x88);
@@ -80,10 +91,11 @@ inline void transpose16(F *x) {
 }
 
 #include "attend.inl"
+#include "dense.inl"
 
 }  // namespace
 
-const Kernel kAvx512Kernel = attend;
+const Kernels kAvx512Kernels = {attend, pack, flash, max_attention};
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -91,5 +103,5 @@ const Kernel kAvx512Kernel = attend;
 #pragma GCC pop_options
 #endif
 #else
-const Kernel kAvx512Kernel = nullptr;
+const Kernels kAvx512Kernels{};
 #endif

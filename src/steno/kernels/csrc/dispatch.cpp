@@ -1,10 +1,10 @@
 // The entry points: picks the kernel, splits the work over threads, merges what they found.
 //
-// All tiles of 64 tokens of all rows and heads form one line; each thread takes one contiguous range of it ("stream-K"),
-// so one long row occupies every core, and ragged heads leave none idle.
+// All tiles of 64 tokens of all rows and heads form one line; each thread takes one contiguous range of it
+// ("stream-K"), so one long row occupies every core, and ragged heads leave none idle.
 // Source: Sanovar et al., Lean Attention, 2024, https://arxiv.org/abs/2405.10480, section IV.
 // Differs: partial results are merged after a barrier instead of under a lock per output.
-#include "attend.h"
+#include "dense.h"
 
 #include <algorithm>
 #include <cmath>
@@ -23,18 +23,6 @@ constexpr int64_t kChunkVectors = 256;     // query vectors that share one pass 
 constexpr int64_t kMinTilesPerThread = 8;  // below, starting a thread costs more than it saves
 constexpr int64_t kMinParallelMerge = 1 << 18;  // numbers to merge
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-Kernel find_kernel(int32_t isa) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (isa == 1) return avx2 ? kAvx2Kernel : nullptr;
-    if (isa == 2) return avx512 ? kAvx512Kernel : nullptr;
-#endif
-    return isa == 0 ? kPortableKernel : nullptr;
-}
 
 int threads_for(const Problem &p, int64_t work) {
 #ifdef _OPENMP
@@ -86,7 +74,8 @@ void merge(const Partial &into, const Partial &other, const Problem &p, int64_t 
         const float a = std::exp(into.max[v] - base), b = std::exp(other.max[v] - base);
         for (int i = 0; i < kLanes; i++)
             into.sum[v * kLanes + i] = into.sum[v * kLanes + i] * a + other.sum[v * kLanes + i] * b;
-        for (int64_t i = 0; i < dim; i++) into.acc[v * dim + i] = into.acc[v * dim + i] * a + other.acc[v * dim + i] * b;
+        for (int64_t i = 0; i < dim; i++)
+            into.acc[v * dim + i] = into.acc[v * dim + i] * a + other.acc[v * dim + i] * b;
         into.max[v] = top;
     }
 }
@@ -114,8 +103,8 @@ struct Arena {
     }
 };
 
-// What one thread works with. kept[0]: the partial result of a unit that an earlier thread began, kept[1]: of one that a
-// later thread goes on with; whole: of a unit that is all its own.
+// What one thread works with. kept[0]: the partial result of a unit that an earlier thread began, kept[1]: of one that
+// a later thread goes on with; whole: of a unit that is all its own.
 struct Worker {
     Scratch scratch;
     Partial kept[2], whole;
@@ -183,19 +172,31 @@ bool page_ids_fit(const Problem &p) {
 
 }  // namespace
 
+const Kernels *find_kernels(int32_t isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == 1) return avx2 && kAvx2Kernels.attend ? &kAvx2Kernels : nullptr;
+    if (isa == 2) return avx512 && kAvx512Kernels.attend ? &kAvx512Kernels : nullptr;
+#endif
+    return isa == 0 ? &kPortableKernels : nullptr;
+}
+
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
 
 EXPORT int32_t steno_abi_version() { return kAbiVersion; }
 
-EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernel(isa) != nullptr; }
+EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernels(isa) != nullptr; }
 
 // 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory.
 EXPORT int32_t steno_attend(const Problem *problem) try {
     const Problem &p = *problem;
-    const Kernel kernel = find_kernel(p.isa);
-    if (!kernel) return 1;
+    const Kernels *kernels = find_kernels(p.isa);
+    if (!kernels) return 1;
     if (!page_ids_fit(p)) return 2;
     const Split split(p);
     const int64_t total = split.first.back(), vectors = split.max_vectors();
@@ -211,9 +212,11 @@ EXPORT int32_t steno_attend(const Problem *problem) try {
     }
     answer_empty(split, workers[0]);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int i = 0; i < threads; i++) work(split, kernel, workers[i], total * i / threads, total * (i + 1) / threads);
+    for (int i = 0; i < threads; i++)
+        work(split, kernels->attend, workers[i], total * i / threads, total * (i + 1) / threads);
     // a second meeting of the threads costs more than it saves unless there is much to merge
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads * vectors * padded_dim(p) > kMinParallelMerge)
+#pragma omp parallel for num_threads(threads) schedule(static, 1) \
+    if (threads * vectors * padded_dim(p) > kMinParallelMerge)
     for (int i = 0; i < threads; i++) collect(split, workers, i);
     std::free(memory);
     return 0;

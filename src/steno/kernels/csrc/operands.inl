@@ -24,7 +24,8 @@ inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
 }
 
 // Decoders. decode<N>(index, x) reads the blocks index .. index + N - 1; with kAligned, index is a multiple of N.
-// kRows<N> rows of N blocks are a step, which starts at a line; decode_step reads the N blocks from `first` on of a step.
+// kRows<N> rows of N blocks are a step, which starts at a line; decode_step reads the N blocks from `first` on of a
+// step.
 struct Floats {
     static constexpr bool kQuantized = false;
     static constexpr int kBlockBytes = 64;
@@ -53,7 +54,8 @@ struct Bfloats {
     }
     template <int N>
     static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++) x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
+        for (int n = 0; n < N; n++)
+            x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
     }
 };
 
@@ -69,7 +71,8 @@ struct Halves {
     }
     template <int N>
     static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++) x[n] = load_half(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
+        for (int n = 0; n < N; n++)
+            x[n] = load_half(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
     }
 };
 
@@ -153,6 +156,7 @@ inline Operand copy_values(const Entry &e, int64_t token, int64_t count, int64_t
     const int64_t blocks = ceil_div(dim, kLanes);
     for (int64_t t = 0; t < count; t++)
         for (int64_t b = 0; b < blocks; b++)
-            store(dst + (t * blocks + b) * kLanes, load_dense(e.format, e.values, (token + t) * dim + b * kLanes, dim - b * kLanes));
+            store(dst + (t * blocks + b) * kLanes,
+                  load_dense(e.format, e.values, (token + t) * dim + b * kLanes, dim - b * kLanes));
     return plain_operand(kFloat, dst, count, blocks);
 }

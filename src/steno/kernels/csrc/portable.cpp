@@ -1,5 +1,5 @@
 // The kernel for any machine, in the vector extension of gcc and clang.
-#include "attend.h"
+#include "dense.h"
 
 namespace {
 
@@ -28,7 +28,9 @@ inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
-inline F select(S mask, F yes, F no) { return as_float((as_bits(yes) & reinterpret_cast<I>(mask)) | (as_bits(no) & ~reinterpret_cast<I>(mask))); }
+inline F select(S mask, F yes, F no) {
+    return as_float((as_bits(yes) & reinterpret_cast<I>(mask)) | (as_bits(no) & ~reinterpret_cast<I>(mask)));
+}
 inline F max(F a, F b) { return select(a > b, a, b); }
 inline F round(F x) { return (x + 12582912.f) - 12582912.f; }  // 1.5 * 2^23: the sum has no fraction bits
 inline F times_pow2(F x, F n) { return x * as_float(reinterpret_cast<I>(__builtin_convertvector(n, S) + 127) << 23); }
@@ -44,13 +46,19 @@ inline float hmax(F x) {
     for (int i = 1; i < kLanes; i++) top = x[i] > top ? x[i] : top;
     return top;
 }
+inline bool any_greater(F a, F b) { return hmax(sub(a, b)) > 0.f; }
 inline F select_less(F a, F b, F yes, F no) { return select(a < b, yes, no); }
+// The floor of a number of at least -126; of a whole number, the number itself or one less.
+inline F floor(F x) { return round(max(x, set1(-126.f)) - 0.5f); }
+inline F fraction(F x) { return x - floor(x); }
+inline F times_pow2_floor(F y, F x) { return select(x < -126.f, set1(0.f), times_pow2(y, floor(x))); }
 inline F keep_first(F x, int64_t n, float other) {
     const S index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return select(index < static_cast<int32_t>(n), x, set1(other));
 }
 
-// fp16 bits in the low half of each lane: exponent and mantissa move up, 2^112 corrects the exponent, subnormals included.
+// fp16 bits in the low half of each lane: exponent and mantissa move up, 2^112 corrects the exponent, subnormals
+// included.
 inline F halves_to_float(I x) {
     const I magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
     const F value = as_float(magnitude) * 0x1p112f;
@@ -79,7 +87,8 @@ inline void transpose16(F *x) {
 }
 
 #include "attend.inl"
+#include "dense.inl"
 
 }  // namespace
 
-const Kernel kPortableKernel = attend;
+const Kernels kPortableKernels = {attend, pack, flash, max_attention};

@@ -1,5 +1,5 @@
-// out[m][c] = start[m][c] + bias[m][group(c)] + sum_r coef[m][group(c)][r] * matrix[r][c]: the product of attention, of queries
-// and keys as of weights and values.
+// out[m][c] = start[m][c] + bias[m][group(c)] + sum_r coef[m][group(c)][r] * matrix[r][c]: the product of attention, of
+// queries and keys as of weights and values.
 
 struct Coefficients {
     const float *coef;  // [M][groups][coef_rows]
@@ -53,7 +53,8 @@ template <bool kShared, int M, int N>
 inline void multiply_row(F (&acc)[M][N], const F *x, const float *const *coef, int64_t query_stride, int64_t r) {
     for (int m = 0; m < M; m++) {
         const F shared = set1(coef[0][m * query_stride + r]);
-        for (int n = 0; n < N; n++) acc[m][n] = fma(kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
+        for (int n = 0; n < N; n++)
+            acc[m][n] = fma(kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
     }
 }
 
