@@ -55,8 +55,8 @@ class ReadReport:
         ratio = self.kv_bytes_full / self.kv_bytes if self.kv_bytes else float("nan")
         lines = [
             f"{self.prompt_tokens} tokens read by {self.model} in {self.prefill_s + self.compress_s:.2f} s with `{self.recipe}`",
-            f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full in {self.dtype} ({ratio:.1f} times), "
-            f"{self.kv_bytes_peak / 1e6:.2f} MB peak; {self.held_tokens_mean:.0f} tokens per head",
+            f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full in {self.dtype} "
+            f"({ratio:.1f} times), {self.kv_bytes_peak / 1e6:.2f} MB peak; {self.held_tokens_mean:.0f} tokens per head",
         ]
         return "\n".join(lines + ([self.note] if self.note else []))
 
