@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steno.cache.layer import ReplayedLayer
+from steno.cache.prompt import ReplayedLayer
 from steno.errors import PromptError
 from steno.kernels.attention.mass import max_attention
 from steno.kernels.attention.prefill import attention_and_lse

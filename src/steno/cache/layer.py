@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +12,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 from steno.cache.accounting import Meter, held_bytes
 from steno.cache.compress import compress_rows
-from steno.cache.observe import PromptObserver
 from steno.cache.paged import PagedRows
 from steno.cache.policy import LayerPolicy
-from steno.cache.segment import HeadKV, owned
+from steno.cache.prompt import Prompt, ReplayObserver
 from steno.cache.slots import SlotRows
+from steno.cache.tokens import NewTokens
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
-from steno.kernels.attention import merge_attention
-from steno.kernels.attention.prefill import attention_and_lse, causal_attention
-from steno.types import LayerKV, Need, Observation, Rope
+from steno.types import Need, Observation, Rope
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ReplayedLayer:
-    """One layer of a pass that replays the context.
-
-    queries `[H, T, D]` and own_keys `[Hkv, T, D]` of the pass; kv: the prompt. past_lse, own_lse `[H, T]` fp32: log-sum-exp
-    of the attention to the prompt and of the causal attention to the pass itself; None under a soft cap or sinks.
-    """
-
-    layer_idx: int
-    queries: Tensor
-    own_keys: Tensor
-    kv: LayerKV
-    scale: float
-    softcap: float | None
-    past_lse: Tensor | None = None
-    own_lse: Tensor | None = None
-
-
-ReplayObserver = Callable[[ReplayedLayer], None]
 
 
 @dataclass(kw_only=True)
@@ -88,10 +63,9 @@ class LayerCache(CacheLayerMixin):
     def _clear(self) -> None:
         self.seen = 0
         self.row_seen: list[int] = []
-        self.content: PagedRows | SlotRows | None = None
+        self.content: PagedRows | SlotRows | None = None  # once the prompt is compressed
+        self._prompt: Prompt | None = None  # until then
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._prompt: list[HeadKV] = []  # [Hkv, S, D] per row, while the prompt is read
-        self._observers: list[PromptObserver] = []
         self.token_bytes = 0  # of one token, dense, in the model's dtype
         self.is_initialized = False
 
@@ -149,10 +123,10 @@ class LayerCache(CacheLayerMixin):
         if count == 0 or not self.row_seen:
             return
         self.check_crop(count)
-        if self.content is None:
-            self._prompt = [(k[:, :-count], v[:, :-count]) for k, v in self._prompt]
-        else:
+        if self.content is not None:
             self.content.crop(count, self.row_seen)
+        elif self._prompt is not None:
+            self._prompt.crop(count)
         self.seen -= count
         self.row_seen = [n - count for n in self.row_seen]
 
@@ -164,8 +138,8 @@ class LayerCache(CacheLayerMixin):
             )
         if self.content is not None:
             self.content.check_crop(count, self.row_seen)
-        elif any(o.num_seen for o in self._observers) and self.policy.needs:
-            raise CacheError("cannot crop while the prompt is read: what was observed of it cannot be taken back.")
+        elif self._prompt is not None:
+            self._prompt.check_crop()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx.tolist())
@@ -182,8 +156,8 @@ class LayerCache(CacheLayerMixin):
         if not self.row_seen or rows == list(range(len(self.row_seen))):
             return
         self.row_seen = [self.row_seen[r] for r in rows]
-        self._prompt = [self._prompt[r] for r in rows] if self._prompt else []
-        self._observers = [copy(self._observers[r]) for r in rows] if self._observers else []
+        if self._prompt is not None:
+            self._prompt.select(rows)
         if self.content is not None:
             self.content = self.content.select(rows)
 
@@ -227,153 +201,64 @@ class LayerCache(CacheLayerMixin):
         if self._pending is None:
             raise CacheError("attend must follow update; this layer got no new keys and values.")
         (k, v), self._pending = self._pending, None
+        new = NewTokens(q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks)
         if self.reading.replay is not None:
-            out = self._replay(self.reading.replay, q, k, v, scale, softcap, sinks)
-            self._report_progress()
-            return out
-        if not self.row_seen:
-            self.row_seen = [0] * q.shape[0]
-        num_new = q.shape[2]
-        new = [num_new] * q.shape[0] if counts is None else counts
-        if self.content is None:
-            self._refuse_unreplayed()
-            out = self._read(q, k, v, counts, scale, softcap, sinks)
-        else:
-            out = self._decode(self.content, q, k, v, counts, scale, softcap, sinks)
-        self.seen += num_new
-        self.row_seen = [a + b for a, b in zip(self.row_seen, new, strict=True)]
-        if self.content is None and self._prompt_is_complete() and Need.REPLAY not in self.policy.needs:
-            self.compress(None)
+            out = self._replay(self.reading.replay, new)
         elif self.content is None:
-            self._prompt = [(owned(pk), owned(pv)) for pk, pv in self._prompt]
-            self.measure()
-        self._report_progress()
-        return out
-
-    def _report_progress(self) -> None:
+            out = self._read(new)
+        else:
+            out = self._decode(self.content, new)
+            self._advance(new)
         if self.reading.on_layer is not None:
             self.reading.on_layer(self.layer_idx + 1, self.num_layers)
+        return out
+
+    def _advance(self, new: NewTokens) -> None:
+        self.seen += new.num_new
+        self.row_seen = [a + b for a, b in zip(self.row_seen or [0] * len(new.q), new.row_counts, strict=True)]
 
     def _prompt_is_complete(self) -> bool:
         return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
 
-    def _refuse_unreplayed(self) -> None:
+    def _read(self, new: NewTokens) -> Tensor:
         if self.seen and self._prompt_is_complete():
             raise CacheError(
                 "this recipe scores tokens by replaying the context, which generate() alone cannot do; "
                 "read the context with steno.load(...).read(text, recipe=...)."
             )
+        if self._prompt is None:
+            self._prompt = Prompt(self.policy, self.rope_of, new)
+        out = self._prompt.read(new)
+        self._advance(new)
+        self.meter.touch(self._prompt.dense_bytes)
+        if self._prompt_is_complete() and Need.REPLAY not in self.policy.needs:
+            self.compress(None)
+        else:
+            self._prompt.keep()
+            self.measure()
+        return out
 
-    def _decode(
-        self,
-        content: PagedRows | SlotRows,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        counts: list[int] | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _replay(self, observer: ReplayObserver, new: NewTokens) -> Tensor:
+        if self._prompt is None:
+            raise CacheError("a replay needs a prompt that is still dense; this one is compressed or not read.")
+        self.meter.touch(2 * new.k.numel() * new.k.element_size())
+        return self._prompt.replay(observer, self.layer_idx, new)
+
+    def _decode(self, content: PagedRows | SlotRows, new: NewTokens) -> Tensor:
         if isinstance(content, SlotRows):
-            return self._decode_slots(content, q, k, v, counts, scale, softcap, sinks)
-        if q.shape[2] > FEW_TOKENS:
-            return content.extend(q, k, v, counts, scale=scale, softcap=softcap, sinks=sinks)
+            # a long turn goes in small steps, so that eviction keeps pace and scores stay small; counted from the end,
+            # where the rows of a padded batch are aligned
+            outs = []
+            for a in range(-(-new.num_new % FEW_TOKENS), new.num_new, FEW_TOKENS):
+                part = new.part(max(0, a), a + FEW_TOKENS)
+                outs.append(part.with_sinks(*content.step(part)))
+            return torch.cat(outs, dim=2)
+        if new.num_new > FEW_TOKENS:
+            return content.extend(new)
         selector = self.policy.selector
         if selector is not None and self.layer_idx < selector.dense_layers:
             selector = None
-        out, lse = content.step(q, k, v, counts, scale=scale, softcap=softcap, selector=selector)
-        return out if sinks is None else with_sinks(out, lse, sinks)
-
-    def _decode_slots(
-        self,
-        content: SlotRows,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        counts: list[int] | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        # a long turn goes in small steps, so that eviction keeps pace and scores stay small; counted from the end, where
-        # the rows of a padded batch are aligned
-        outs, num_new = [], q.shape[2]
-        for a in range(-(-num_new % FEW_TOKENS), num_new, FEW_TOKENS):
-            part = slice(max(0, a), a + FEW_TOKENS)
-            width = part.stop - part.start
-            some = None if counts is None else [max(0, min(width, part.stop - (num_new - n))) for n in counts]
-            out, lse = content.step(q[:, :, part], k[:, :, part], v[:, :, part], some, scale=scale, softcap=softcap)
-            outs.append(out if sinks is None else with_sinks(out, lse, sinks))
-        return torch.cat(outs, dim=2)
-
-    def _read(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        counts: list[int] | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        num_new = q.shape[2]
-        if not self._observers:
-            rope = self.rope_of(q.device) if Need.QUERY_STATISTICS in self.policy.needs else None
-            self._observers = [PromptObserver(self.policy, rope, scale=scale, softcap=softcap) for _ in q]
-        past = self._prompt
-        new = [num_new] * q.shape[0] if counts is None else counts
-        self._prompt = []
-        for b, n in enumerate(new):
-            row_k, row_v = k[b, :, num_new - n :], v[b, :, num_new - n :]
-            if past and past[b][0].shape[1]:
-                row_k, row_v = torch.cat([past[b][0], row_k], dim=1), torch.cat([past[b][1], row_v], dim=1)
-            self._prompt.append((row_k, row_v))
-            if n:
-                self._observers[b].see(q[b, :, num_new - n :], row_k)
-        self.meter.touch(2 * sum(pk.numel() * pk.element_size() for pk, _ in self._prompt))
-        if counts is None and not self.seen:
-            return causal_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
-        out = torch.zeros_like(q)
-        for b, n in enumerate(new):
-            if n:
-                row_k, row_v = self._prompt[b]
-                row_q = q[b : b + 1, :, num_new - n :]
-                out[b : b + 1, :, num_new - n :] = causal_attention(
-                    row_q, row_k[None], row_v[None], scale=scale, softcap=softcap, sinks=sinks
-                )
-        return out
-
-    def _replay(
-        self,
-        observer: ReplayObserver,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        if len(self._prompt) != 1:
-            raise CacheError(f"a replay needs one row whose prompt is still dense; the cache has {len(self._prompt)}.")
-        keys, values = self._prompt[0]
-        self.meter.touch(2 * k.numel() * k.element_size())
-        view = ReplayedLayer(
-            layer_idx=self.layer_idx,
-            queries=q[0],
-            own_keys=k[0],
-            kv=LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device)),
-            scale=scale,
-            softcap=softcap,
-        )
-        if softcap is not None or sinks is not None:
-            observer(view)
-            all_keys, all_values = torch.cat([keys, k[0]], dim=1), torch.cat([values, v[0]], dim=1)
-            return causal_attention(q, all_keys[None], all_values[None], scale=scale, softcap=softcap, sinks=sinks)
-        past, past_lse = attention_and_lse(q, keys[None], values[None], scale=scale, causal=False)
-        own, own_lse = attention_and_lse(q, k, v, scale=scale, causal=True)
-        observer(replace(view, past_lse=past_lse[0], own_lse=own_lse[0]))
-        return merge_attention([past, own], [past_lse, own_lse])[0]
+        return new.with_sinks(*content.step(new, selector))
 
     # the end of the prompt
 
@@ -381,27 +266,27 @@ class LayerCache(CacheLayerMixin):
     @torch.no_grad()
     def compress(self, replay_mass: Tensor | None) -> None:
         """Turns the prompt, dense until now, into what the recipe keeps. replay_mass: `[Hkv, S]` for methods that need it."""
-        prompts, observers = self._prompt, self._observers
-        dense_bytes = 2 * sum(k.numel() * k.element_size() for k, _ in prompts)
+        if self._prompt is None:
+            raise CacheError("there is no prompt to compress: it was compressed already, or nothing was read.")
+        prompt, self._prompt = self._prompt, None
         self.content = compress_rows(
-            prompts,
-            observers,
+            prompt.rows,
+            prompt.observers,
             self.policy,
             layer_idx=self.layer_idx,
             num_layers=self.num_layers,
             replay_mass=replay_mass,
         )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
-        self.meter.touch(dense_bytes)
-        self._prompt, self._observers = [], []
+        self.meter.touch(prompt.dense_bytes)
 
     def observation(self) -> Observation:
         """What was observed so far of the one row that is being read; for calibration."""
-        if len(self._observers) != 1:
+        if self._prompt is None or len(self._prompt.observers) != 1:
             raise CacheError(
-                f"calibration reads one row that is not complete yet; the layer has {len(self._observers)}."
+                "calibration reads one row whose prompt is not complete yet; this layer has another state."
             )
-        return self._observers[0].observation(
+        return self._prompt.observers[0].observation(
             layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
         )
 
@@ -409,7 +294,7 @@ class LayerCache(CacheLayerMixin):
 
     def measure(self) -> int:
         """Bytes held by this layer now; also brings the meter up to date."""
-        num_bytes = held_bytes([self.content, self._prompt, self._observers])
+        num_bytes = held_bytes([self.content, self._prompt])
         self.meter.set_layer(self.layer_idx, num_bytes)
         return num_bytes
 
@@ -417,15 +302,9 @@ class LayerCache(CacheLayerMixin):
         """Held tokens `[B][Hkv]`."""
         if self.content is not None:
             return self.content.held_tokens()
-        return [[k.shape[1]] * k.shape[0] for k, _ in self._prompt]
+        return [[k.shape[1]] * k.shape[0] for k, _ in self._prompt.rows] if self._prompt is not None else []
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if an invariant does not hold. For tests, and for production when in doubt."""
         if self.content is not None:
             self.content.check_integrity(self.row_seen)
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Adds a learned sink to a finished attention: out `[B, H, T, D]`, lse `[B, H, T]`, sinks `[H]`."""
-    share = torch.sigmoid(lse - sinks.float().view(1, -1, 1))  # what the sink leaves to the tokens
-    return out * share[..., None].to(out.dtype)

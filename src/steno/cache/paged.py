@@ -9,6 +9,7 @@ from steno.cache.policy import PageSelector
 from steno.cache.row import Row, unpack_kept
 from steno.cache.segment import DenseSegment, HeadKV, PagedSegment
 from steno.cache.tail import Tail
+from steno.cache.tokens import NewTokens
 from steno.errors import CacheError, IntegrityError
 from steno.kernels.attention import DenseSpan, Span, SpanTable, attend
 from steno.kernels.attention.prefill import causal_attention
@@ -55,29 +56,16 @@ class PagedRows:
             rows.append(heads)
         return SpanTable.build(rows, head_dim=self.tail.keys.shape[3])
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        counts: list[int] | None,
-        *,
-        scale: float,
-        softcap: float | None,
-        selector: PageSelector | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Appends T new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`.
-
-        q `[B, H, T, D]`; k, v `[B, Hkv, T, D]`; counts: real tokens per row when rows are padded on the left.
-        """
+    def step(self, new: NewTokens, selector: PageSelector | None = None) -> tuple[Tensor, Tensor]:
+        """Appends new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`."""
         self.flush()
-        if self.tail.append(k, v, counts):
+        if self.tail.append(new.k, new.v, new.counts):
             self._table = self._build_table()
         table = self.table()
-        if selector is not None and q.shape[2] == 1:
-            table = self._select_pages(table, q, selector)
-        out, lse = attend(q, table, scale=scale, softcap=softcap)
-        if q.shape[2] == 1:
+        if selector is not None and new.num_new == 1:
+            table = self._select_pages(table, new.q, selector)
+        out, lse = attend(new.q, table, scale=new.scale, softcap=new.softcap)
+        if new.num_new == 1:
             self.flush()  # tokens of a longer step may still be rolled back, so they wait for the next one
         return out, lse
 
@@ -99,45 +87,29 @@ class PagedRows:
             return DenseSegment.of(heads, summarize=self.summarize)
         return PagedSegment.encode(heads, self.fmt, summarize=self.summarize)
 
-    def extend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        counts: list[int] | None,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Like `step` for many new tokens: held tokens are decoded once, row by row, and SDPA does the rest."""
+    def extend(self, new: NewTokens) -> Tensor:
+        """Like `step` for many new tokens: held tokens are decoded once, row by row, and dense attention does the rest."""
         self.flush()
-        num_new, out = q.shape[2], torch.zeros_like(q)
-        for b in range(len(self.rows)):
-            n = num_new if counts is None else counts[b]
-            if n:
-                new = slice(num_new - n, None)
-                out[b, :, new] = self._extend_row(b, q[b, :, new], k[b, :, new], v[b, :, new], scale, softcap, sinks)
-        if self.tail.append(k, v, counts):
+        out = torch.zeros_like(new.q)
+        for b, count in enumerate(new.row_counts):
+            if count:
+                new.scatter_(out, b, self._extend_row(b, new.row(b)))
+        if self.tail.append(new.k, new.v, new.counts):
             self._table = self._build_table()
         return out
 
-    def _extend_row(
-        self, b: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
-        held = self.decode_row(b, q.dtype)
-        group = q.shape[0] // k.shape[0]
+    def _extend_row(self, b: int, new: NewTokens) -> Tensor:
+        group = new.q.shape[1] // self.num_kv_heads
         outs = []
-        for h, (hk, hv) in enumerate(held):  # heads may differ in length
+        for h, (held_k, held_v) in enumerate(self.decode_row(b, new.q.dtype)):  # heads may differ in length
             heads = slice(h * group, (h + 1) * group)
-            keys, values = torch.cat([hk, k[h]]), torch.cat([hv, v[h]])  # [S, D]
-            sink = None if sinks is None else sinks[heads]
+            k, v = torch.cat([held_k, new.k[0, h]]), torch.cat([held_v, new.v[0, h]])  # [S, D]
+            sinks = None if new.sinks is None else new.sinks[heads]
+            q = new.q[:, heads]  # [1, G, T, D]
             outs.append(
-                causal_attention(
-                    q[None, heads], keys[None, None], values[None, None], scale=scale, softcap=softcap, sinks=sink
-                )[0]
+                causal_attention(q, k[None, None], v[None, None], scale=new.scale, softcap=new.softcap, sinks=sinks)
             )
-        return torch.cat(outs)
+        return torch.cat(outs, dim=1)
 
     def decode_row(self, b: int, dtype: torch.dtype) -> list[HeadKV]:
         """Dense keys and values `[n_h, D]` of every head of a row, tail included."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steno.cache.policy import Evictor
 from steno.cache.segment import HeadKV
+from steno.cache.tokens import NewTokens
 from steno.errors import CacheError, IntegrityError
 from steno.kernels.attention import DenseSpan, Span, SpanTable, attend, attention_weights
 
@@ -129,43 +130,41 @@ class SlotRows:
         """Held tokens `[B][Hkv]`."""
         return [row.lengths() for row in self.rows]
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, counts: list[int] | None, *, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Appends T new tokens, attends over all slots, then evicts down to the budget.
+    def step(self, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Appends new tokens, attends over all slots, then evicts down to the budget.
 
-        q `[B, H, T, D]`; k, v `[B, Hkv, T, D]`; returns out `[B, H, T, D]` and log-sum-exp `[B, H, T]`. The output of a
-        step still sees the tokens that the step evicts (as in H2O's and TOVA's code).
+        Returns out `[B, H, T, D]` and log-sum-exp `[B, H, T]`. The output of a step still sees the tokens that the step
+        evicts (as in H2O's and TOVA's code).
         """
-        num_new, num_kv_heads = q.shape[2], k.shape[1]
-        group = q.shape[1] // num_kv_heads
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        tables = []
-        for b, row in enumerate(self.rows):
-            count = num_new if counts is None else counts[b]
-            first = 0
-            for i, block in enumerate(row.blocks):
-                heads = slice(first, first + block.num_heads)
-                new = slice(num_new - count, None)
-                row.blocks[i] = block.append(k[b, heads, new], v[b, heads, new], self.seen[b])
-                first += block.num_heads
-            self.seen[b] += count
-            tables.append(self._spans(row))
-        if counts is None:
-            table = SpanTable.build(tables, head_dim=self.head_dim)
-            out, lse = attend(q, table, scale=scale, softcap=softcap)
-        else:
-            for b, count in enumerate(counts):
-                if count:
-                    table = SpanTable.build([tables[b]], head_dim=self.head_dim)
-                    new = slice(num_new - count, None)
-                    out[b : b + 1, :, new], lse[b : b + 1, :, new] = attend(
-                        q[b : b + 1, :, new], table, scale=scale, softcap=softcap
-                    )
-        for b, row in enumerate(self.rows):
-            count = num_new if counts is None else counts[b]
+        for b, count in enumerate(new.row_counts):
             if count:
-                self._evict(row, q[b, :, num_new - count :], group, scale, softcap, self.seen[b])
+                self._append(b, new.row(b))
+        out, lse = self._attend(new)
+        for b, count in enumerate(new.row_counts):
+            if count:
+                self._evict(self.rows[b], new.row(b), self.seen[b])
+        return out, lse
+
+    def _append(self, b: int, new: NewTokens) -> None:
+        first, row = 0, self.rows[b]
+        for i, block in enumerate(row.blocks):
+            heads = slice(first, first + block.num_heads)
+            row.blocks[i] = block.append(new.k[0, heads], new.v[0, heads], self.seen[b])
+            first += block.num_heads
+        self.seen[b] += new.num_new
+
+    def _attend(self, new: NewTokens) -> tuple[Tensor, Tensor]:
+        spans = [self._spans(row) for row in self.rows]
+        if new.counts is None:
+            table = SpanTable.build(spans, head_dim=self.head_dim)
+            return attend(new.q, table, scale=new.scale, softcap=new.softcap)
+        out, lse = torch.zeros_like(new.q), new.q.new_full(new.q.shape[:3], -torch.inf, dtype=torch.float32)
+        for b, count in enumerate(new.counts):
+            if count:
+                table = SpanTable.build([spans[b]], head_dim=self.head_dim)
+                row_out, row_lse = attend(new.row(b).q, table, scale=new.scale, softcap=new.softcap)
+                new.scatter_(out, b, row_out)
+                lse[b, :, new.num_new - count :] = row_lse[0]
         return out, lse
 
     def _spans(self, row: SlotRow) -> list[list[Span]]:
@@ -175,15 +174,15 @@ class SlotRows:
             for h in range(block.num_heads)
         ]
 
-    def _evict(self, row: SlotRow, q: Tensor, group: int, scale: float, softcap: float | None, seen: int) -> None:
-        first = 0
+    def _evict(self, row: SlotRow, new: NewTokens, seen: int) -> None:
+        group, first = new.q.shape[1] // new.k.shape[1], 0
         for i, block in enumerate(row.blocks):
-            heads = slice(first * group, (first + block.num_heads) * group)
+            q = new.q[0, first * group : (first + block.num_heads) * group]  # [g * G, T, D]
             if self.evictor.needs_weights:
-                weights = attention_weights(q[heads], block.keys[:, : block.length], scale=scale, softcap=softcap)
-                state = block.state[:, : block.length]
-                for t in range(q.shape[1]):
-                    state = self.evictor.observe(state, weights[:, t])  # weights [g * G, T, n]
+                keys, state = block.keys[:, : block.length], block.state[:, : block.length]
+                weights = attention_weights(q, keys, scale=new.scale, softcap=new.softcap)  # [g * G, T, n]
+                for t in range(new.num_new):
+                    state = self.evictor.observe(state, weights[:, t])
                 block.state[:, : block.length] = state
             if block.length > block.budget:
                 row.evicted_at = seen

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from steno.cache.accounting import Meter, held_bytes
-from steno.cache.layer import LayerCache, Reading, ReplayObserver
+from steno.cache.layer import LayerCache, Reading
+from steno.cache.prompt import ReplayObserver
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME
 from steno.models.rope import rope_of
