@@ -77,9 +77,10 @@ class LanguageModel:
         flat = [i for x in ids for i in (x if isinstance(x, list) else [x])]
         return frozenset(i for i in flat if i is not None)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of text, special tokens in it recognised, none added."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def tokenize(self, text: str, *, literal: bool = False) -> list[int]:
+        """Token ids of text, none added; special tokens in it are recognised, or plain text if `literal`."""
+        # verbose=False: a text longer than the model gets our own error, not a warning before it
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal, verbose=False))
 
     def prompt_tokens(self, document: str) -> tuple[list[int], int]:
         """Tokens of the prompt up to the end of the document, and how many stand before the document.
@@ -87,8 +88,7 @@ class LanguageModel:
         The document is tokenized apart, so that it cannot contain the template's control tokens by accident.
         """
         prefix = self.tokenize(self.template.before)
-        body = self.tokenizer.encode(document, add_special_tokens=False, split_special_tokens=True)
-        return prefix + list(body), len(prefix)
+        return prefix + self.tokenize(document, literal=True), len(prefix)
 
     def read(
         self,
@@ -245,8 +245,8 @@ class Context:
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"`stop` must be a list of strings, none of them empty; got stop={stop!r}.")
         lm = self.lm
-        body = lm.tokenizer.encode(question, add_special_tokens=False, split_special_tokens=True)
-        new = lm.tokenize(lm.template.between) + list(body) + lm.tokenize(lm.template.after + answer_prefix)
+        new = lm.tokenize(lm.template.between)
+        new += lm.tokenize(question, literal=True) + lm.tokenize(lm.template.after + answer_prefix)
         lm.check_length(len(self.tokens) + len(new), max_new_tokens)
         steps = decode_steps(
             lm.model,

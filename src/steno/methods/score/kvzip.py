@@ -3,7 +3,7 @@
 Source: Kim, Kim, Kwon, Lee, Yun, Song, 2025, https://arxiv.org/abs/2505.23416, section 3; the authors' code.
 Differs: tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; the
     softmax is computed in fp32; besides the system prefix, which the caller keeps, the first `n_sink` tokens are
-    protected.
+    protected; chunks of 512 tokens by default, not 2000, since small models repeat short chunks more faithfully.
 Cost: a second prefill over the context, in chunks, and `reconstruction_mass` per chunk and layer: 2*H*Tq*(n + m +
     Tq)*D FLOPs; one fp32 temporary of G*block*(n + m + Tq) at a time.
 """
@@ -32,7 +32,7 @@ class KVzip:
 
     Parameters
     ----------
-    chunk_tokens : int, default 2000 tokens
+    chunk_tokens : int, default 512 tokens
         How much of the context is repeated in one pass.
     postfix_tokens : int, default 8 tokens
         Last tokens of the chunk before, quoted in the request for the next one.
@@ -56,11 +56,11 @@ class KVzip:
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "Tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; "
-        "the first `n_sink` tokens are protected besides the system prefix."
+        "the first `n_sink` tokens are protected besides the system prefix; chunks of 512 tokens by default, not 2000."
     )
     evicts_while_decoding: ClassVar[bool] = False
 
-    chunk_tokens: int = 2000
+    chunk_tokens: int = 512
     postfix_tokens: int = 8
     n_sink: int = 4
 
