@@ -14,7 +14,7 @@ from steno.calibration import save_calibration
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampling
 from steno.decode.text import with_text
-from steno.errors import PromptError
+from steno.errors import PromptError, RecipeError
 from steno.methods import KVzip
 from steno.models.host import NAME
 from steno.models.kvcache import KVCache
@@ -174,7 +174,7 @@ class LanguageModel:
         self, cache: KVCache, tokens: list[int], num_prefix: int, recipe: Recipe, progress: Progress | None
     ) -> None:
         if not isinstance(recipe.score, KVzip):
-            raise NotImplementedError(f"no replay is known for {recipe.score!r}")
+            raise RecipeError(f"a replay of the context is known for kvzip only; got {recipe.score!r}.")
         if progress is not None:
             cache.reading.on_layer = lambda done, total: progress("replaying", done, total)
         try:
