@@ -8,7 +8,7 @@ NATIVE := $(wildcard src/steno/kernels/csrc/*)
 
 .PHONY: demo test slow lint model bench clean
 
-demo: $(VENV)/.installed
+demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
 		--recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 48
 
