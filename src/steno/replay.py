@@ -33,7 +33,7 @@ def replay_context(
     """Scores `[Hkv, S]` fp32 per layer under the recipe, the first `num_prefix_tokens` (system prompt) +inf.
 
     tokens: the S tokens that the cache holds, dense. after: what ends the user's turn and begins the assistant's.
-    progress: called with (passes done, passes in all). The cache is left as it was.
+    progress: called with (layers done, layers in all), over all passes. The cache is left as it was.
     """
     context = list(tokens[num_prefix_tokens:])
     requests = {prompt: tokenizer.encode(prompt, add_special_tokens=False) for prompt in (FIRST_PROMPT, NEXT_PROMPT)}
@@ -57,11 +57,16 @@ def replay_context(
             whole[:, first:last] = _chunk_mass(view, num_prefix_tokens, first, last)
 
         inputs = torch.tensor([request + context[a:b]], dtype=torch.long, device=model.device)
+        if progress is not None:
+            cache.reading.on_layer = _over_all_passes(progress, done, len(chunks))
         with cache.replaying(observe), torch.inference_mode():
             model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if progress is not None:
-            progress(done + 1, len(chunks))
     return [mass for mass in masses if mass is not None]
+
+
+def _over_all_passes(progress: Callable[[int, int], None], done: int, passes: int) -> Callable[[int, int], None]:
+    """Progress of one pass, after `done` others, as progress of all."""
+    return lambda layer, layers: progress(done * layers + layer, passes * layers)
 
 
 def _chunk_mass(view: ReplayedLayer, num_prefix_tokens: int, first: int, last: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -175,8 +176,6 @@ class LanguageModel:
     ) -> None:
         if not isinstance(recipe.score, KVzip):
             raise RecipeError(f"a replay of the context is known for kvzip only; got {recipe.score!r}.")
-        if progress is not None:
-            cache.reading.on_layer = lambda done, total: progress("replaying", done, total)
         try:
             masses = replay_context(
                 self.model,
@@ -187,6 +186,7 @@ class LanguageModel:
                 tokenizer=self.tokenizer,
                 after=self.template.after,
                 max_positions=self.loaded.max_positions,
+                progress=partial(progress, "replaying") if progress is not None else None,
             )
         finally:
             cache.reading.on_layer = None

@@ -263,3 +263,16 @@ def test_a_context_can_be_continued_by_generate(load: Callable[..., Any]) -> Non
         0, ids.shape[1] :
     ]
     assert lm.tokenizer.decode(out, skip_special_tokens=True) == answer(ctx)
+
+
+def test_progress_only_goes_forward(load) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    load().read(
+        DOCUMENT,
+        "kvzip(chunk_tokens=50) @ 60%",
+        progress=lambda what, done, total: seen.setdefault(what, []).append((done, total)),
+    )
+    assert set(seen) == {"reading", "replaying"}
+    for steps in seen.values():
+        total = steps[-1][1]
+        assert steps == [(i + 1, total) for i in range(total)]

@@ -31,11 +31,11 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
         yield advance
 
 
-def print_table(rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
+def print_table(rows: list[tuple[str, ...]]) -> None:
     """A plain table: the first column is text, the others are numbers."""
-    table = Table(box=None, pad_edge=False, show_header=header is not None, header_style="bold")
+    table = Table(box=None, pad_edge=False, show_header=False)
     for i in range(len(rows[0])):
-        table.add_column(header[i] if header else "", justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
