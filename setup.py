@@ -41,7 +41,7 @@ class BuildNative(build_ext):
 
 native = Extension(
     "steno.kernels._native",
-    sources=[str(CSRC / name) for name in ("dispatch.cpp", "dense.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")],
+    sources=[str(CSRC / name) for name in ("dispatch.cpp", "dense.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp")],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",
     optional=True,  # a compiler that is missing or fails is a warning

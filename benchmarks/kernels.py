@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
-        "--isa", choices=["avx512", "avx2", "portable"], help="instruction set; the best one if not given"
+        "--isa", choices=["vnni", "avx512", "avx2", "portable"], help="instruction set; the best one if not given"
     )
     parser.add_argument("--footprint-mib", type=int, default=256, help="bytes that each contender cycles through")
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -94,9 +94,8 @@ def dense_bytes(tokens_of_heads: list[int], size: int) -> int:
 
 
 def page_bytes(bits: int, group: int) -> int:
-    """One page of 64 tokens: codes in lanes of 16 (whole lines of 64 bytes below 8 bits); fp16 scales and minima."""
-    codes = [DIM * 64, 64 * 16]  # keys [D, 64], values [64, D padded to 16]
-    code_bytes = sum(-(-n * bits // (8 * 64)) * 64 for n in codes)
+    """One page of 64 tokens: codes in lines of 64 bytes, 16 columns times 32 / bits rows; fp16 scales and minima."""
+    code_bytes = sum(-(-rows * bits // 32) * blocks * 64 for rows, blocks in [(DIM, 4), (64, -(-DIM // 16))])
     num_groups = 64 // min(group, 64) * DIM + -(-DIM // group) * 64
     return code_bytes + num_groups * 2 * 2
 

@@ -214,7 +214,8 @@ def test_rows_that_get_unequal_turns_are_independent(recipe: str) -> None:
         for b, count in enumerate(pair):
             if count:
                 alone = forward(singles[b], new[:, b : b + 1, max(pair) - count :])
-                assert close(out[:, b : b + 1, :, max(pair) - count :], alone, 1e-5)
+                # tokens are cut into tiles from another place, and the coefficients of a tile of codes are rounded
+                assert close(out[:, b : b + 1, :, max(pair) - count :], alone, 2e-4 if "int" in recipe else 1e-5)
     for b, single in enumerate(singles):
         assert [layer[b] for layer in cache.held_tokens()] == [layer[0] for layer in single.held_tokens()]
 

@@ -74,37 +74,49 @@ def test_what_fp16_cannot_hold_stays_finite():
 
 
 # D = 2; keys of channel 0 count up along the tokens, shifted by one from block to block, channel 1 is the mirror image.
-GOLDEN = {
-    4: (
-        "1032efcd 2143debc 3254cdab 4365bc9a 5476ab89 65879a78 76988967 87a97856 "
-        + "98ba6745 a9cb5634 badc4523 cbed3412 dcfe2301 ed0f12f0 fe1001ef 0f21f0de",
-        "f0f0f0f0 0f0f0f0f" + " 00000000" * 14,
-        8,
-    ),
-    2: ("e41b0000 39c60000 4eb10000 936c0000" * 4, "cccccccc 33333333" + " 00000000" * 14, 4),
+# A dword is a token of a block of 16, its first two bytes are the two channels.
+GOLDEN_KEYS = {
+    4: "000f0000 010e0000 020d0000 030c0000 040b0000 050a0000 06090000 07080000 "
+    "08070000 09060000 0a050000 0b040000 0c030000 0d020000 0e010000 0f000000",
+    2: "00030000 01020000 02010000 03000000 " * 4,
 }
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-def test_golden_bytes(bits):
-    key_line, value_line, num_value_lines = GOLDEN[bits]
+@pytest.mark.parametrize(("bits", "num_value_lines"), [(4, 8), (2, 4)])
+def test_golden_bytes(bits, num_value_lines):
     top, token = 2**bits - 1, torch.arange(64)
     up = (token % 16 + token // 16) % 2**bits
     keys = torch.stack([up, top - up], dim=1)[None].float()
     even = token % 2 == 0
     values = torch.stack([torch.where(even, 0, top), torch.where(even, top, 0)], dim=1)[None].float()
     pages = encode_pages(keys, values, PageFormat(bits=bits))
-    assert bytes(pages.key_codes[0].tolist()).hex() == key_line.replace(" ", "")
-    assert bytes(pages.value_codes[0].tolist()).hex() == value_line.replace(" ", "") * num_value_lines
+    tokens = GOLDEN_KEYS[bits].split()
+    lines = "".join("".join(tokens[b:] + tokens[:b]) for b in range(4))
+    assert bytes(pages.key_codes[0].tolist()).hex() == lines
+    # a dword is a channel, its bytes are four tokens, the fields of a byte tokens four apart
+    assert bytes(pages.value_codes[0].tolist()).hex() == ("00ff00ff" + "ff00ff00" + "00000000" * 14) * num_value_lines
     assert pages.key_params.tolist() == [[[[1.0, 1.0]], [[0.0, 0.0]]]]
     assert pages.value_params.tolist() == [[[[1.0] * 64], [[0.0] * 64]]]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_every_code_lies_where_the_rule_says(bits):
+    per_line = 32 // bits
+    codes = torch.randint(2**bits, (2, 20, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (2, code_bytes(20, 33, bits))
+    for row, column in ((0, 0), (3, 1), (4, 16), (7, 31), (13, 32), (19, 32)):
+        line, row_in_line = row // per_line * 3 + column // 16, row % per_line
+        byte = packed[:, 64 * line + 4 * (column % 16) + row_in_line % 4]
+        assert torch.equal(byte >> bits * (row_in_line // 4) & 2**bits - 1, codes[:, row, column])
+    assert torch.equal(unpack_codes(packed, 20, 33, bits), codes)
 
 
 def test_golden_bytes_of_int8():
     token = torch.arange(64)
     keys = (token * 3).masked_fill(token == 63, 255)[None, :, None].float()
     pages = encode_pages(keys, torch.zeros_like(keys), PageFormat(bits=8))
-    assert pages.key_codes[0].tolist() == [*range(0, 189, 3), 255]
+    assert pages.key_codes[0].view(64, 4).tolist() == [[code, 0, 0, 0] for code in [*range(0, 189, 3), 255]]
     assert pages.value_codes[0].tolist() == [0] * 64 * 16
     assert pages.key_params.tolist() == [[[[1.0]], [[0.0]]]]
 

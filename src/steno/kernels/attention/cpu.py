@@ -14,10 +14,10 @@ from steno.errors import BadArgument, KernelError, nearest
 from .table import SpanTable
 
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "vnni")
 """In the order of the native numbers, slowest first."""
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Must equal `steno_abi_version()`: the layout of `_Problem` and of the table's entries."""
 
 LIBRARY_DIR = Path(__file__).parent.parent

@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
@@ -24,7 +24,15 @@ struct Entry {
 static_assert(sizeof(Entry) == 11 * 8, "entries are rows of 11 int64");
 
 // Values of Entry.format; pages are kPaged + bits.
-enum Format : int64_t { kFloat = 0, kBfloat16 = 1, kHalf = 2, kInt2 = 16 + 2, kInt4 = 16 + 4, kInt8 = 16 + 8 };
+constexpr int64_t kPaged = 16;
+enum Format : int64_t {
+    kFloat = 0,
+    kBfloat16 = 1,
+    kHalf = 2,
+    kInt2 = kPaged + 2,
+    kInt4 = kPaged + 4,
+    kInt8 = kPaged + 8
+};
 inline bool is_paged(const Entry &entry) { return entry.format > kHalf; }
 
 // The arguments of steno_attend; `_Problem` of steno/kernels/attention/cpu.py has the same fields.
@@ -52,7 +60,7 @@ struct Unit {
     int64_t num_vectors;
 };
 
-// Softmax over some of the keys of a unit, not yet normalized.
+// Softmax over some of the keys of a unit, not yet normalized, with logits in units of log 2.
 struct Partial {
     float *max;  // [num_vectors]
     float *sum;  // [num_vectors][kLanes], lanes to be added up
@@ -63,11 +71,14 @@ struct Partial {
 struct Scratch {
     float *q;       // [num_vectors][padded_dim], scaled
     float *logits;  // [kMaxBlock][kBatch][kPageTokens]
-    float *coef;    // [kMaxDirect][groups][rows], at most kMaxDirect * 4 * padded_dim
-    float *bias;    // [kMaxDirect][groups]
+    float *coef;    // [vectors][rows], where a vector is one of the queries for one group of a tile of a batch
+    int8_t *bytes;  // [2][vectors][rows]
+    float *tops, *sums;            // [vectors][kLanes]
+    float *bias, *step, *inverse;  // [vectors]
     float *keys;    // [padded_dim][kPageTokens]
     float *values;  // [kPageTokens][padded_dim]
 };
+constexpr int kMaxGroups = 4;  // of keys; of values there may be as many as blocks
 constexpr int kMaxBlock = 6;   // query vectors that a kernel takes at a time
 constexpr int kBatch = 4;      // pages that share one step of the running softmax
 constexpr int kMaxDirect = 4;  // up to here pages are decoded in registers, beyond once into scratch

@@ -89,10 +89,6 @@ inline __m256 load_eight_bfloats(const uint16_t *p) {
 inline F load_bfloat16(const uint16_t *p) { return {load_eight_bfloats(p), load_eight_bfloats(p + 8)}; }
 inline float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
 
-inline __m256 decode_eight_bytes(const uint8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-}
-inline F decode_int8(const uint8_t *p) { return {decode_eight_bytes(p), decode_eight_bytes(p + 8)}; }
 inline I load_line(const uint8_t *p) {
     const __m256i *line = reinterpret_cast<const __m256i *>(p);
     return {_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)};
@@ -101,7 +97,7 @@ inline I shift_right(I x, int n) { return {_mm256_srli_epi32(x.lo, n), _mm256_sr
 template <int kBits>
 inline __m256 decode_low_of(__m256i x) {
     if (kBits == 2) return _mm256_permutevar_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), x);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << kBits) - 1)));
 }
 template <int kBits>
 inline F decode_low(I x) {
@@ -131,6 +127,23 @@ inline void transpose16(F *x) {
     for (int i = 0; i < 8; i++) x[i] = {part[0][i], part[2][i]}, x[8 + i] = {part[1][i], part[3][i]};
 }
 
+// The sums of the 16 lanes of each of x[0 .. 15].
+inline F hsum16(const F *x) {
+    __m256 half[2];
+    for (int k = 0; k < 2; k++) {
+        __m256 y[8];
+        for (int i = 0; i < 8; i++) y[i] = _mm256_add_ps(x[8 * k + i].lo, x[8 * k + i].hi);
+        const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+        const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(y[4], y[5]), _mm256_hadd_ps(y[6], y[7]));
+        half[k] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    return {half[0], half[1]};
+}
+
+#include "math.inl"
+#include "operands.inl"
+#include "codes.inl"
+#include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
 

@@ -1,4 +1,4 @@
-// The kernel for AVX-512 (F, BW, DQ, VL).
+// The kernels for AVX-512 (F, BW, DQ, VL).
 #include "dense.h"
 
 #if defined(__x86_64__)
@@ -14,82 +14,11 @@
 
 namespace {
 
-using F = __m512;
-using I = __m512i;
-constexpr int kAccumulators = 24;
-
-inline F load(const float *p) { return _mm512_loadu_ps(p); }
-inline void store(float *p, F x) { _mm512_storeu_ps(p, x); }
-inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
-inline F set1(float x) { return _mm512_set1_ps(x); }
-inline F add(F a, F b) { return _mm512_add_ps(a, b); }
-inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-inline F div(F a, F b) { return _mm512_div_ps(a, b); }
-inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-inline F max(F a, F b) { return _mm512_max_ps(a, b); }
-inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F times_pow2(F x, F n) { return _mm512_scalef_ps(x, n); }
-inline F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-inline F times_pow2_floor(F y, F x) {  // the instruction rounds the exponent down by itself
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.f), _CMP_NLT_UQ), y, x);
-}
-inline F abs_of(F x) { return _mm512_abs_ps(x); }
-inline F with_sign_of(F x, F sign) { return _mm512_or_ps(x, _mm512_and_ps(sign, set1(-0.f))); }
-inline float hsum(F x) { return _mm512_reduce_add_ps(x); }
-inline float hmax(F x) { return _mm512_reduce_max_ps(x); }
-inline bool any_greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-inline F select_less(F a, F b, F yes, F no) {
-    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
-}
-inline F keep_first(F x, int64_t n, float other) {
-    const __mmask16 keep = n >= kLanes ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
-    return _mm512_mask_mov_ps(set1(other), keep, x);
-}
-
-inline F load_half(const uint16_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-}
-inline F load_bfloat16(const uint16_t *p) {
-    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-}
-inline float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
-
-inline F decode_int8(const uint8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-}
-inline I load_line(const uint8_t *p) { return _mm512_loadu_si512(p); }
-inline I shift_right(I x, int n) { return _mm512_srli_epi32(x, static_cast<unsigned>(n)); }
-// The low bits of every lane as a float, by a table look-up that ignores the higher ones.
-template <int kBits>
-inline F decode_low(I x) {
-    if (kBits == 2) return _mm512_permutevar_ps(_mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3), x);
-    return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-}
-
-inline void transpose16(F *x) {
-    F a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)  // b[i + k], 128-bit lane l: column 4 l + k of the rows i .. i + 3
-        for (int k = 0; k < 4; k++) {
-            const __m512d low = _mm512_castps_pd(a[i + k / 2]), high = _mm512_castps_pd(a[i + 2 + k / 2]);
-            b[i + k] = _mm512_castpd_ps(k % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
-        }
-    for (int k = 0; k < 4; k++) {
-        const F p = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), q = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
-        const F r = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88),
-                s = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
-        x[k] = _mm512_shuffle_f32x4(p, r, 0x88);
-        x[8 + k] = _mm512_shuffle_f32x4(p, r, 0xdd);
-        x[4 + k] = _mm512_shuffle_f32x4(q, s, 0x88);
-        x[12 + k] = _mm512_shuffle_f32x4(q, s, 0xdd);
-    }
-}
-
+#include "avx512.inl"
+#include "math.inl"
+#include "operands.inl"
+#include "codes.inl"
+#include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
 

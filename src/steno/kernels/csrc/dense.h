@@ -64,6 +64,7 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kVnniKernels;
 
 // Null where the machine or the build lacks the instruction set.
 const Kernels *find_kernels(int32_t isa);

@@ -6,7 +6,6 @@ constexpr int kBlockColumns = kAccumulators >= 4 * kMaxBlock ? 4 : 1;
 constexpr int kBlockRows = kAccumulators / kBlockColumns;
 static_assert(kDenseRows % kBlockRows == 0, "units are whole blocks");
 
-constexpr float kLog2E = 1.44269504088896341f;
 // The softmax is relative to a logit near the largest: following it closely would mean rescaling more often, and 2^8 is
 // far from anything that fp32 cannot hold.
 constexpr float kSlack = 8.f;

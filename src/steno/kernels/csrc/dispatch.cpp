@@ -23,6 +23,7 @@ constexpr int64_t kChunkVectors = 256;     // query vectors that share one pass 
 constexpr int64_t kMinTilesPerThread = 8;  // below, starting a thread costs more than it saves
 constexpr int64_t kMinParallelMerge = 1 << 18;  // numbers to merge
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2 = 0.69314718055994531f;
 
 int threads_for(const Problem &p, int64_t work) {
 #ifdef _OPENMP
@@ -71,7 +72,7 @@ void merge(const Partial &into, const Partial &other, const Problem &p, int64_t 
     for (int64_t v = 0; v < vectors; v++) {
         const float top = std::max(into.max[v], other.max[v]);
         const float base = top == -kInfinity ? 0.f : top;
-        const float a = std::exp(into.max[v] - base), b = std::exp(other.max[v] - base);
+        const float a = std::exp2(into.max[v] - base), b = std::exp2(other.max[v] - base);
         for (int i = 0; i < kLanes; i++)
             into.sum[v * kLanes + i] = into.sum[v * kLanes + i] * a + other.sum[v * kLanes + i] * b;
         for (int64_t i = 0; i < dim; i++)
@@ -88,7 +89,7 @@ void finish(const Partial &x, const Problem &p, const Unit &unit) {
         for (int i = 0; i < kLanes; i++) sum += x.sum[v * kLanes + i];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         for (int64_t i = 0; i < p.head_dim; i++) p.out[row * p.head_dim + i] = x.acc[v * dim + i] * inverse;
-        p.lse[row] = x.max[v] + std::log(sum);
+        p.lse[row] = (x.max[v] + std::log2(sum)) * kLog2;
     }
 }
 
@@ -116,8 +117,17 @@ struct Worker {
             *x = {arena.take(vectors), arena.take(vectors * kLanes), arena.take(vectors * dim)};
         scratch.q = arena.take(vectors * dim);
         scratch.logits = arena.take(kMaxBlock * kBatch * kPageTokens);
-        scratch.coef = arena.take(kMaxDirect * 4 * dim);
-        scratch.bias = arena.take(kMaxDirect * std::max<int64_t>(4, dim / kLanes));
+        const int64_t groups = std::max<int64_t>(kMaxGroups, dim / kLanes);
+        const int64_t coefficients = std::max(kMaxGroups * ceil_div(dim, 64) * 64, dim / kLanes * kPageTokens);
+        const int64_t folded = ceil_div(kBatch * kMaxBlock * groups, kLanes) * kLanes;
+        // rows of coefficients are whole cache lines of bytes, so up to 64 of them; values have 64 rows
+        scratch.coef = arena.take(kBatch * kMaxBlock * coefficients);
+        scratch.bytes = reinterpret_cast<int8_t *>(arena.take(kBatch * kMaxBlock * coefficients / 2));
+        scratch.tops = arena.take(folded * kLanes);
+        scratch.sums = arena.take(folded * kLanes);
+        scratch.bias = arena.take(folded);
+        scratch.step = arena.take(folded);
+        scratch.inverse = arena.take(folded);
         scratch.keys = arena.take(dim * kPageTokens);
         scratch.values = arena.take(kPageTokens * dim);
     }
@@ -179,7 +189,9 @@ const Kernels *find_kernels(int32_t isa) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == 1) return avx2 && kAvx2Kernels.attend ? &kAvx2Kernels : nullptr;
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     if (isa == 2) return avx512 && kAvx512Kernels.attend ? &kAvx512Kernels : nullptr;
+    if (isa == 3) return vnni && kVnniKernels.attend ? &kVnniKernels : nullptr;
 #endif
     return isa == 0 ? &kPortableKernels : nullptr;
 }

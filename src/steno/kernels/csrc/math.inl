@@ -1,4 +1,19 @@
-// Elementary functions and partial loads over the vector type F.
+// Elementary functions and partial loads over the vector type F, and loops that are unrolled for certain.
+
+// body(Index<0>) .. body(Index<N - 1>). The compiler keeps arrays that only constants index in registers; with loops it
+// unrolls too late for that, and stores every accumulator in every step.
+template <int I>
+struct Index {
+    constexpr operator int() const { return I; }
+};
+template <int N, int kFirst = 0, class Body>
+__attribute__((always_inline)) inline void unroll(const Body &body) {
+    if constexpr (kFirst < N) {
+        body(Index<kFirst>());
+        unroll<N, kFirst + 1>(body);
+    }
+}
+#define STENO_INLINE __attribute__((always_inline))
 
 // exp(x) for x <= 0 (-inf gives 0, NaN stays), relative error below 2e-7. Cephes' polynomial.
 inline F exp_nonpositive(F x) {

@@ -1,5 +1,11 @@
 // What stands on the right of both products of attention: a matrix [rows][blocks * 16] in some format.
 
+constexpr int64_t kLineBytes = 64;
+
+inline int64_t count_code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
+    return ceil_div(rows * bits, 32) * blocks * kLineBytes;
+}
+
 // Where a matrix of keys (transposed) or values lies.
 struct Operand {
     int64_t format;
@@ -12,6 +18,7 @@ struct Operand {
     int64_t next_codes;      // how far away the matrix that comes next lies, in bytes and in numbers
     int64_t next_params;
     int64_t group_of(int64_t block) const { return static_cast<int64_t>(block * group_inverse >> 32); }
+    int64_t code_bytes() const { return count_code_bytes(rows, blocks, format - kPaged); }
     int64_t coef_rows() const { return (rows + kLanes - 1) & ~int64_t{kLanes - 1}; }
 };
 
@@ -19,122 +26,66 @@ inline Operand plain_operand(int64_t format, const void *numbers, int64_t rows, 
     return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0, 0, 0};
 }
 
-inline int64_t code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
-    return bits == 8 ? rows * blocks * kLanes : ceil_div(rows * blocks * bits, 32) * 64;
-}
+// Where a product begins and ends; start may be out. A stride leads to the next vector, a step to the next tile.
+struct Target {
+    const float *start;
+    int64_t start_stride, start_step;
+    float *out;
+    int64_t out_stride, out_step;
+};
 
-// Decoders. decode<N>(index, x) reads the blocks index .. index + N - 1; with kAligned, index is a multiple of N.
-// kRows<N> rows of N blocks are a step, which starts at a line; decode_step reads the N blocks from `first` on of a
-// step.
+// Plain numbers: how 16 of them, or fewer, are read.
 struct Floats {
-    static constexpr bool kQuantized = false;
-    static constexpr int kBlockBytes = 64;
-    template <int N>
-    static constexpr int kRows = 2;
-    const uint8_t *base;
-    template <int N, bool kAligned>
-    inline void decode(uint64_t index, F *x) const {
-        decode_step<N>(base + index * kBlockBytes, 0, x);
-    }
-    template <int N>
-    static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++) x[n] = load(reinterpret_cast<const float *>(step + (first + n) * kBlockBytes));
+    static constexpr int64_t kBytes = 4;
+    static inline F read(const uint8_t *p) { return load(reinterpret_cast<const float *>(p)); }
+    static inline F read_first(const uint8_t *p, int64_t n) {
+        return load_first(reinterpret_cast<const float *>(p), n);
     }
 };
 
 struct Bfloats {
-    static constexpr bool kQuantized = false;
-    static constexpr int kBlockBytes = 32;
-    template <int N>
-    static constexpr int kRows = 2;
-    const uint8_t *base;
-    template <int N, bool kAligned>
-    inline void decode(uint64_t index, F *x) const {
-        decode_step<N>(base + index * kBlockBytes, 0, x);
-    }
-    template <int N>
-    static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++)
-            x[n] = load_bfloat16(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
+    static constexpr int64_t kBytes = 2;
+    static inline F read(const uint8_t *p) { return load_bfloat16(reinterpret_cast<const uint16_t *>(p)); }
+    static inline F read_first(const uint8_t *p, int64_t n) {
+        return load_first_as<load_bfloat16>(reinterpret_cast<const uint16_t *>(p), n);
     }
 };
 
 struct Halves {
-    static constexpr bool kQuantized = false;
-    static constexpr int kBlockBytes = 32;
-    template <int N>
-    static constexpr int kRows = 2;
-    const uint8_t *base;
-    template <int N, bool kAligned>
-    inline void decode(uint64_t index, F *x) const {
-        decode_step<N>(base + index * kBlockBytes, 0, x);
-    }
-    template <int N>
-    static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++)
-            x[n] = load_half(reinterpret_cast<const uint16_t *>(step + (first + n) * kBlockBytes));
+    static constexpr int64_t kBytes = 2;
+    static inline F read(const uint8_t *p) { return load_half(reinterpret_cast<const uint16_t *>(p)); }
+    static inline F read_first(const uint8_t *p, int64_t n) {
+        return load_first_as<load_half>(reinterpret_cast<const uint16_t *>(p), n);
     }
 };
 
-struct Bytes {
-    static constexpr bool kQuantized = true;
-    static constexpr int kBlockBytes = 16;
-    template <int N>
-    static constexpr int kRows = 2;
-    const uint8_t *base;
-    template <int N, bool kAligned>
-    inline void decode(uint64_t index, F *x) const {
-        decode_step<N>(base + index * kBlockBytes, 0, x);
-    }
-    template <int N>
-    static inline void decode_step(const uint8_t *step, int first, F *x) {
-        for (int n = 0; n < N; n++) x[n] = decode_int8(step + (first + n) * kBlockBytes);
-    }
-};
-
+// Codes in lines (steno/kernels/quant/packing.py): a line is kRows rows of a block; row r of them lies in all 16 dwords
+// from bit shift_of(r) on.
 template <int kBits>
-struct Fields {
-    static constexpr bool kQuantized = true;
-    static constexpr int kPerLine = 32 / kBits;
-    static constexpr int kBlockBytes = 64 / kPerLine;
-    template <int N>
-    static constexpr int kRows = kPerLine / N;
-    const uint8_t *base;
-    template <int N, bool kAligned>
-    inline void decode(uint64_t index, F *x) const {
-        if (kAligned) return decode_step<N>(base + index / kPerLine * 64, index % kPerLine, x);
-        for (int n = 0; n < N; n++) decode_step<1>(base + (index + n) / kPerLine * 64, (index + n) % kPerLine, x + n);
-    }
-    template <int N>
-    static inline void decode_step(const uint8_t *step, int first, F *x) {
-        I codes = load_line(step);
-        if (first) codes = shift_right(codes, first * kBits);
-        for (int n = 0; n < N; n++) {
-            x[n] = decode_low<kBits>(codes);
-            if (n + 1 < N) codes = shift_right(codes, kBits);
-        }
-    }
+struct Codes {
+    static constexpr int64_t kRows = 32 / kBits;
+    static constexpr int shift_of(int64_t row) { return static_cast<int>(8 * (row % 4) + kBits * (row / 4)); }
 };
-
 // dst[r][c] = code * scale + minimum, dst [rows][blocks * 16].
-template <class Codes>
+template <int kBits>
 inline void dequantize_as(const Operand &x, float *dst) {
-    const Codes codes{x.codes};
-    for (int64_t r = 0; r < x.rows; r++)
+    for (int64_t r = 0; r < x.rows; r++) {
+        const uint8_t *lines = x.codes + r / Codes<kBits>::kRows * x.blocks * kLineBytes;
+        const int shift = Codes<kBits>::shift_of(r % Codes<kBits>::kRows);
         for (int64_t b = 0; b < x.blocks; b++) {
             const int64_t g = x.group_of(b);
-            F value[1];
-            codes.template decode<1, true>(r * x.blocks + b, value);
+            const F code = decode_low<kBits>(shift_right(load_line(lines + b * kLineBytes), shift));
             const F scale = set1(half_to_float(x.params[g * x.rows + r]));
             const F minimum = set1(half_to_float(x.params[(x.groups + g) * x.rows + r]));
-            store(dst + (r * x.blocks + b) * kLanes, fma(value[0], scale, minimum));
+            store(dst + (r * x.blocks + b) * kLanes, fma(code, scale, minimum));
         }
+    }
 }
 
 inline Operand dequantize(Operand x, float *dst) {
-    if (x.format == kInt8) dequantize_as<Bytes>(x, dst);
-    else if (x.format == kInt4) dequantize_as<Fields<4>>(x, dst);
-    else dequantize_as<Fields<2>>(x, dst);
+    if (x.format == kInt8) dequantize_as<8>(x, dst);
+    else if (x.format == kInt4) dequantize_as<4>(x, dst);
+    else dequantize_as<2>(x, dst);
     return plain_operand(kFloat, dst, x.rows, x.blocks);
 }
 

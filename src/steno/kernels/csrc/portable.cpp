@@ -7,7 +7,6 @@ typedef float F __attribute__((vector_size(64)));
 typedef uint32_t I __attribute__((vector_size(64)));
 typedef int32_t S __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint8_t U8 __attribute__((vector_size(16)));
 constexpr int kAccumulators = 3;
 
 template <class T, class P>
@@ -70,7 +69,6 @@ inline F load_half(const uint16_t *p) { return halves_to_float(load_words(p)); }
 inline F load_bfloat16(const uint16_t *p) { return as_float(load_words(p) << 16); }
 inline float half_to_float(uint16_t x) { return halves_to_float(I{} + x)[0]; }
 
-inline F decode_int8(const uint8_t *p) { return __builtin_convertvector(__builtin_convertvector(read<U8>(p), S), F); }
 inline I load_line(const uint8_t *p) { return read<I>(p); }
 inline I shift_right(I x, int n) { return x >> static_cast<uint32_t>(n); }
 template <int kBits>
@@ -86,6 +84,17 @@ inline void transpose16(F *x) {
     __builtin_memcpy(x, columns, sizeof columns);
 }
 
+// The sums of the 16 lanes of each of x[0 .. 15].
+inline F hsum16(const F *x) {
+    F sums;
+    for (int i = 0; i < kLanes; i++) sums[i] = hsum(x[i]);
+    return sums;
+}
+
+#include "math.inl"
+#include "operands.inl"
+#include "codes.inl"
+#include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
 

@@ -1,130 +1,83 @@
-// out[m][c] = start[m][c] + bias[m][group(c)] + sum_r coef[m][group(c)][r] * matrix[r][c]: the product of attention, of
-// queries and keys as of weights and values.
+// out[m][c] = start[m][c] + sum_r x[m][r] * matrix[r][c], the product of attention, of queries and keys as of weights
+// and values.
 
-struct Coefficients {
-    const float *coef;  // [M][groups][coef_rows]
-    int64_t query_stride;
-    const float *bias;  // [M][groups]
-};
-
-// Where a product begins and ends; start may be out.
-struct Target {
-    const float *start;
-    int64_t start_stride;
-    float *out;
-    int64_t out_stride;
-};
-
-// Folds scales into coefficients and minima into one number per group: x [M][x_stride], zeros from `rows` on.
-template <int M>
-inline Coefficients fold_params(const Operand &a, const float *x, int64_t x_stride, const Scratch &scratch) {
-    // local copies: the compiler must assume that a store of a vector changes anything in memory
-    const int64_t groups = a.groups, rows = a.rows, stride = a.coef_rows();
-    const int64_t next = a.next_params;
-    const uint16_t *scales = a.params, *minima = a.params + groups * rows;
-    float *const coef = scratch.coef, *const bias = scratch.bias;
-    for (int64_t g = 0; g < groups; g++, scales += rows, minima += rows) {
-        F sums[M];
-        for (int m = 0; m < M; m++) sums[m] = set1(0.f);
-        for (int64_t r = 0; r < rows; r += kLanes) {
-            prefetch(scales + next + r);
-            prefetch(minima + next + r);
-            const F scale = load_first_half(scales + r, rows - r), minimum = load_first_half(minima + r, rows - r);
-            for (int m = 0; m < M; m++) {
-                const F factor = load(x + m * x_stride + r);
-                store(coef + (m * groups + g) * stride + r, mul(factor, scale));
-                sums[m] = fma(factor, minimum, sums[m]);
-            }
-        }
-        for (int m = 0; m < M; m++) bias[m * groups + g] = hsum(sums[m]);
-    }
-    return {coef, groups * stride, bias};
-}
-
-// How a product reads its matrix. kAligned: every row starts at a multiple of N blocks; kTight: a row is N blocks;
-// kShared: the N blocks are of one group.
-template <bool aligned, bool tight, bool shared>
-struct Shape {
-    static constexpr bool kAligned = aligned, kTight = tight, kShared = shared;
-};
-
-// coef: where the coefficients of this row lie, one for each block.
-template <bool kShared, int M, int N>
-inline void multiply_row(F (&acc)[M][N], const F *x, const float *const *coef, int64_t query_stride, int64_t r) {
-    for (int m = 0; m < M; m++) {
-        const F shared = set1(coef[0][m * query_stride + r]);
-        for (int n = 0; n < N; n++)
-            acc[m][n] = fma(kShared ? shared : set1(coef[n][m * query_stride + r]), x[n], acc[m][n]);
-    }
-}
-
-// The N blocks from `block`.
-template <class Codes, class S, int M, int N>
-inline void multiply_blocks(const Operand &a, int64_t block, const Coefficients &c, const Target &t) {
+// The N blocks from `block` of a matrix of plain numbers.
+template <class Numbers, int M, int N>
+inline void multiply_blocks(const Operand &a, int64_t block, const float *x, int64_t x_stride, const Target &t) {
     F acc[M][N];
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) acc[m][n] = load(t.start + m * t.start_stride + (block + n) * kLanes);
-    const Codes codes{a.codes};
-    const int64_t query_stride = c.query_stride;
-    const float *coef[N];
-    for (int n = 0; n < N; n++) coef[n] = c.coef + (S::kShared && n ? 0 : a.group_of(block + n) * a.coef_rows());
-    int64_t r = 0;
-    F x[N];
-    if (S::kTight) {
-        constexpr int kRows = Codes::template kRows<N>, kStepBytes = kRows * N * Codes::kBlockBytes;
-        // pointers that step, as index arithmetic would compete with the vectors for their ports
-        const uint8_t *step = a.codes, *next = a.codes + a.next_codes;
-        for (; r + kRows <= a.rows; r += kRows, step += kStepBytes, next += kStepBytes) {
-            for (int i = 0; i < kStepBytes; i += 64) prefetch(next + i);
-#pragma GCC unroll 16
-            for (int i = 0; i < kRows; i++) {
-                Codes::template decode_step<N>(step, i * N, x);
-                multiply_row<S::kShared>(acc, x, coef, query_stride, r + i);
-            }
-        }
+    unroll<M * N>([&](auto i) STENO_INLINE {
+        acc[i / N][i % N] = load(t.start + i / N * t.start_stride + (block + i % N) * kLanes);
+    });
+    constexpr int64_t kBytes = Numbers::kBytes * kLanes;
+    const int64_t step = a.blocks * kBytes, next = a.next_codes;
+    const uint8_t *row = a.codes + block * kBytes;
+    for (int64_t r = 0; r < a.rows; r++, row += step) {
+        for (int64_t i = 0; i < N * kBytes; i += 64) prefetch(row + next + i);
+        F y[N];
+        unroll<N>([&](auto n) STENO_INLINE { y[n] = Numbers::read(row + n * kBytes); });
+        unroll<M>([&](auto m) STENO_INLINE {
+            const F factor = set1(x[m * x_stride + r]);
+            unroll<N>([&](auto n) STENO_INLINE { acc[m][n] = fma(factor, y[n], acc[m][n]); });
+        });
     }
-    for (; r < a.rows; r++) {
-        codes.template decode<N, S::kAligned>(r * a.blocks + block, x);
-        multiply_row<S::kShared>(acc, x, coef, query_stride, r);
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) {
-            // the bias is added last, so that the loop need not wait for its horizontal sum
-            const int64_t group = a.group_of(S::kShared ? block : block + n);
-            if (Codes::kQuantized) acc[m][n] = add(acc[m][n], set1(c.bias[m * a.groups + group]));
-            store(t.out + m * t.out_stride + (block + n) * kLanes, acc[m][n]);
-        }
+    unroll<M * N>([&](auto i) STENO_INLINE {
+        store(t.out + i / N * t.out_stride + (block + i % N) * kLanes, acc[i / N][i % N]);
+    });
 }
 
-template <class Codes, int M>
-inline void multiply_as(const Operand &a, const Coefficients &c, const Target &t) {
+template <class Numbers, int M>
+inline void multiply_numbers(const Operand &a, const float *x, int64_t x_stride, const Target &t) {
     constexpr int N = M * 4 <= kAccumulators ? 4 : M * 2 <= kAccumulators ? 2 : 1;
     int64_t block = 0;
-    if (a.blocks == N) {
-        if (a.groups == 1) multiply_blocks<Codes, Shape<true, true, true>, M, N>(a, 0, c, t);
-        else multiply_blocks<Codes, Shape<true, true, false>, M, N>(a, 0, c, t);
-        return;
-    }
-    for (; block + N <= a.blocks; block += N) {
-        const bool aligned = a.blocks % N == 0, shared = a.group_of(block) == a.group_of(block + N - 1);
-        if (aligned && shared) multiply_blocks<Codes, Shape<true, false, true>, M, N>(a, block, c, t);
-        else if (aligned) multiply_blocks<Codes, Shape<true, false, false>, M, N>(a, block, c, t);
-        else multiply_blocks<Codes, Shape<false, false, false>, M, N>(a, block, c, t);
-    }
-    for (; block < a.blocks; block++) multiply_blocks<Codes, Shape<true, false, true>, M, 1>(a, block, c, t);
+    for (; block + N <= a.blocks; block += N) multiply_blocks<Numbers, M, N>(a, block, x, x_stride, t);
+    for (; block < a.blocks; block++) multiply_blocks<Numbers, M, 1>(a, block, x, x_stride, t);
 }
 
-// x [M][x_stride]: queries or weights.
+// The products of a batch of matrices of one format and shape: x [count][M][x_stride], queries or weights.
 template <int M>
-inline void multiply(const Operand &a, const float *x, int64_t x_stride, const Scratch &scratch, const Target &t) {
-    const Coefficients plain{x, x_stride, nullptr};
-    if (a.format == kFloat) return multiply_as<Floats, M>(a, plain, t);
-    if constexpr (M <= kMaxDirect) {
-        if (a.format == kBfloat16) return multiply_as<Bfloats, M>(a, plain, t);
-        if (a.format == kHalf) return multiply_as<Halves, M>(a, plain, t);
-        const Coefficients folded = fold_params<M>(a, x, x_stride, scratch);
-        if (a.format == kInt8) multiply_as<Bytes, M>(a, folded, t);
-        else if (a.format == kInt4) multiply_as<Fields<4>, M>(a, folded, t);
-        else multiply_as<Fields<2>, M>(a, folded, t);
+inline void multiply(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
+                     const Scratch &scratch, Target t) {
+    if (a->format > kHalf) {
+        if constexpr (M <= kMaxCodeVectors) {
+            if (a->format == kInt8) return multiply_codes<8, M>(a, count, x, x_step, x_stride, scratch, t);
+            if (a->format == kInt4) return multiply_codes<4, M>(a, count, x, x_step, x_stride, scratch, t);
+            return multiply_codes<2, M>(a, count, x, x_step, x_stride, scratch, t);
+        }
+    }
+    for (int64_t i = 0; i < count; i++, a++, x += x_step, t.start += t.start_step, t.out += t.out_step) {
+        if (a->format == kFloat) multiply_numbers<Floats, M>(*a, x, x_stride, t);
+        if constexpr (M <= kMaxDirect) {
+            if (a->format == kBfloat16) multiply_numbers<Bfloats, M>(*a, x, x_stride, t);
+            if (a->format == kHalf) multiply_numbers<Halves, M>(*a, x, x_stride, t);
+        }
+    }
+}
+
+// Logits of M queries with keys that lie as they came, one token after the other: x [M][x_stride] with zeros from dim
+// on, out [M][out_stride]. Keys that lie ahead of the `count` ones are read next.
+template <class Numbers, int M>
+inline void dot_keys(const uint8_t *keys, int64_t count, int64_t dim, const float *x, int64_t x_stride, float *out,
+                     int64_t out_stride) {
+    const int64_t step = dim * Numbers::kBytes, whole = dim & ~int64_t{kLanes - 1};
+    for (int64_t t = 0; t < kPageTokens; t += kLanes) {
+        F sums[M][kLanes];
+        for (int i = 0; i < kLanes; i++) {
+            F acc[M];
+            for (int m = 0; m < M; m++) acc[m] = set1(0.f);
+            if (t + i < count) {
+                const uint8_t *key = keys + (t + i) * step;
+                for (int64_t at = 0; at < step; at += 64) prefetch(key + kPageTokens * step + at);
+                for (int64_t c = 0; c < whole; c += kLanes) {
+                    const F y = Numbers::read(key + c * Numbers::kBytes);
+                    for (int m = 0; m < M; m++) acc[m] = fma(load(x + m * x_stride + c), y, acc[m]);
+                }
+                if (whole < dim) {
+                    const F y = Numbers::read_first(key + whole * Numbers::kBytes, dim - whole);
+                    for (int m = 0; m < M; m++) acc[m] = fma(load(x + m * x_stride + whole), y, acc[m]);
+                }
+            }
+            for (int m = 0; m < M; m++) sums[m][i] = acc[m];
+        }
+        for (int m = 0; m < M; m++) store(out + m * out_stride + t, hsum16(sums[m]));
     }
 }

@@ -1,51 +1,53 @@
 """How codes lie in memory.
 
-Codes form a matrix `[R, C]`, C padded to blocks of 16 lanes. Block `b` of row `r` has the index `r * num_blocks + b`.
-8 bits: plain bytes. 4 and 2 bits: lines of 64 bytes, 16 dwords, dword = lane; a line holds 8 (16) consecutive blocks,
-the j-th of them from bit `4j` (`2j`) of every dword on. So one shift aligns 16 codes, and a table look-up decodes them.
+Codes form a matrix `[R, C]`, C padded to blocks of 16 columns and R to the rows of a line, with zeros. A line is 64
+bytes, 16 dwords, one for each column of a block, and holds `32 / bits` rows: row `4j + i` of them is the j-th field,
+from bit `j * bits` on, of byte i. Lines run through the blocks of a group of rows, then through the groups.
+
+So a shift and a mask give 64 codes of one byte each, four rows of a column beside each other: what a dot product of
+bytes (VNNI) takes; and a shift alone gives 16 codes of one row, for a table look-up.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 LANES = 16
-"""Columns of a block: the floats of one AVX-512 register."""
+"""Columns of a block: the dwords of one AVX-512 register."""
 
 LINE_BYTES = 64
+BYTE_ROWS = 4
+"""Rows side by side in a dword."""
+
+
+def rows_per_line(bits: int) -> int:
+    """Rows of a block that one line holds."""
+    return 32 // bits
 
 
 def code_bytes(rows: int, columns: int, bits: int) -> int:
     """Bytes of a packed matrix of codes, padding included."""
-    num_blocks = rows * -(-columns // LANES)
-    if bits == 8:
-        return num_blocks * LANES
-    return -(-num_blocks * bits // 32) * LINE_BYTES
+    return -(-rows // rows_per_line(bits)) * -(-columns // LANES) * LINE_BYTES
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes `[P, R, C]`, each below `2**bits`, into bytes `[P, code_bytes(R, C, bits)]`."""
     num_pages, rows, columns = codes.shape
-    codes = pad(codes, (0, -columns % LANES)).reshape(num_pages, -1)  # [P, R * C_pad]
-    if bits == 8:
-        return codes.contiguous()
+    codes = pad(codes, (0, -columns % LANES, 0, -rows % rows_per_line(bits)))
     per_byte = 8 // bits
-    codes = pad(codes, (0, -codes.shape[1] % (LINE_BYTES * per_byte)))
-    fields = codes.reshape(num_pages, -1, 4, per_byte, LANES)  # [P, line, byte of the dword, field of the byte, lane]
-    packed = fields[:, :, :, 0]
+    # [P, row group, field, byte, block, lane]
+    fields = codes.reshape(num_pages, -1, per_byte, BYTE_ROWS, codes.shape[2] // LANES, LANES)
+    packed = fields[:, :, 0]
     for j in range(1, per_byte):
-        packed = packed | fields[:, :, :, j] << (bits * j)
-    return packed.transpose(2, 3).reshape(num_pages, code_bytes(rows, columns, bits))
+        packed = packed | fields[:, :, j] << (bits * j)
+    return packed.permute(0, 1, 3, 4, 2).reshape(num_pages, -1)  # [P, row group, block, lane, byte]
 
 
 def unpack_codes(packed: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     """The inverse of `pack_codes`: bytes `[P, code_bytes]` to uint8 codes `[P, R, C]`."""
-    num_pages = packed.shape[0]
-    num_columns = columns + -columns % LANES
-    if bits != 8:
-        dwords = packed.reshape(num_pages, -1, LANES, 4).transpose(2, 3)  # [P, line, byte, lane]
-        fields = [(dwords >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-        packed = torch.stack(fields, dim=3).reshape(num_pages, -1)
-    return packed[:, : rows * num_columns].reshape(num_pages, rows, num_columns)[:, :, :columns]
+    num_pages, num_blocks, per_byte = packed.shape[0], -(-columns // LANES), 8 // bits
+    lines = packed.reshape(num_pages, -1, 1, num_blocks, LANES, BYTE_ROWS).permute(0, 1, 2, 5, 3, 4)
+    shifts = packed.new_tensor(range(0, 8, bits)).view(per_byte, 1, 1, 1)
+    codes = (lines >> shifts) & (2**bits - 1)  # [P, row group, field, byte, block, lane]
+    return codes.reshape(num_pages, -1, num_blocks * LANES)[:, :rows, :columns]

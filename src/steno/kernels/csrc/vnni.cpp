@@ -1,0 +1,36 @@
+// The kernels for AVX-512 with VNNI: dot products of bytes straight on the codes.
+#include "dense.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512vnni")
+#endif
+
+namespace {
+
+#include "avx512.inl"
+#include "math.inl"
+#include "operands.inl"
+#include "dots.inl"
+#include "products.inl"
+#include "attend.inl"
+#include "dense.inl"
+
+}  // namespace
+
+const Kernels kVnniKernels = {attend, pack, flash, max_attention};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+const Kernels kVnniKernels{};
+#endif
