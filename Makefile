@@ -43,7 +43,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NAT
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest hypothesis ruff mypy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest hypothesis ruff mypy \
+		"triton; platform_system == 'Linux'"
 	touch $@
 
 clean:

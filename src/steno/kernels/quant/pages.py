@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steno.errors import BadArgument
+from steno.errors import BadArgument, nearest
+from steno.kernels import triton_runtime
 from steno.types import PAGE_TOKENS, PageFormat
 
 from .groups import dequantize_groups, quantize_groups
 from .packing import LANES, code_bytes, pack_codes, unpack_codes
+
+IMPLS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +58,49 @@ class Pages:
         return _pages(self.fmt, self.head_dim, [t[pages] for t in self.tensors])
 
 
-def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat) -> Pages:
-    """Quantize keys and values `[P, 64, D]` into P pages; works on any device."""
+def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat, *, impl: str = "auto") -> Pages:
+    """Quantize keys and values `[P, 64, D]` into P pages, on any device.
+
+    impl: `torch`, `triton` (one kernel, the same bytes) or `auto`, Triton for CUDA tensors where it is installed.
+    Raises `BadArgument` for shapes, formats or an impl that do not fit, `KernelError` where Triton is asked for and missing.
+    """
     if keys.ndim != 3 or keys.shape != values.shape or keys.shape[1] != PAGE_TOKENS or not keys.shape[2]:
         shapes = f"{[*keys.shape]}, {[*values.shape]}"
         raise BadArgument(f"keys and values must both be [P, {PAGE_TOKENS}, D]; got {shapes}.")
     head_dim = keys.shape[2]
     _check_format(fmt, head_dim)
+    if _chosen(impl, keys) == "triton":
+        from . import triton  # not before it is needed: Triton is optional, and slow to import
+
+        return _pages(fmt, head_dim, [*triton.encode(keys, values, fmt)])
     key_codes, key_params = quantize_groups(keys.transpose(1, 2), bits=fmt.bits, group=fmt.key_group)
     value_codes, value_params = quantize_groups(values, bits=fmt.bits, group=fmt.value_group)
     codes = [pack_codes(key_codes, fmt.bits), pack_codes(value_codes, fmt.bits)]
     return _pages(fmt, head_dim, [*codes, key_params, value_params])
 
 
-def decode_pages(pages: Pages, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The keys and values `[P, 64, D]` that `pages` stand for."""
+def decode_pages(pages: Pages, dtype: torch.dtype = torch.float32, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """The keys and values `[P, 64, D]` that `pages` stand for. impl: as in `encode_pages`."""
     fmt, head_dim = pages.fmt, pages.head_dim
+    if _chosen(impl, pages.key_codes) == "triton":
+        from . import triton
+
+        return triton.decode(pages.tensors, fmt, head_dim, dtype)
     key_codes = unpack_codes(pages.key_codes, head_dim, PAGE_TOKENS, fmt.bits)  # [P, D, 64]
     value_codes = unpack_codes(pages.value_codes, PAGE_TOKENS, head_dim, fmt.bits)  # [P, 64, D]
     keys = dequantize_groups(key_codes, pages.key_params, group=fmt.key_group, dtype=dtype)
     values = dequantize_groups(value_codes, pages.value_params, group=fmt.value_group, dtype=dtype)
     return keys.transpose(1, 2).contiguous(), values.contiguous()
+
+
+def _chosen(impl: str, x: Tensor) -> str:
+    if impl not in IMPLS:
+        raise BadArgument(f"unknown impl {impl!r}; {nearest(impl, IMPLS)}")
+    if impl == "auto":
+        return "triton" if x.device.type == "cuda" and triton_runtime.why_missing() is None else "torch"
+    if impl == "triton":
+        triton_runtime.require()
+    return impl
 
 
 def page_bytes(fmt: PageFormat, head_dim: int) -> int:
