@@ -1,11 +1,13 @@
 """Which implementation runs, and what happens where one is missing."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from steno.errors import BadArgument, KernelError, StenoWarning
+from steno.kernels import triton_runtime
 from steno.kernels.attention import DenseSpan, SpanTable, attend, cpu, dispatch
 
 needs_native = pytest.mark.skipif(not cpu.available_isas(), reason="the native library is not built")
@@ -69,6 +71,17 @@ def test_missing_instruction_set_is_an_error(call, monkeypatch):
     monkeypatch.setattr(cpu, "ISAS", (*cpu.ISAS, "amx"))
     with pytest.raises(KernelError, match="'amx' is not available"):
         attend(q, table, scale=0.5, isa="amx")
+
+
+def test_cuda_tensors_go_to_triton_where_it_is_installed(monkeypatch):
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(triton_runtime, "why_missing", lambda: None)
+    assert dispatch._choose(q, asked=False) == "triton"
+    assert dispatch._choose(SimpleNamespace(device=q.device, dtype=torch.float64), asked=False) == "naive"
+    monkeypatch.setattr(triton_runtime, "why_missing", lambda: "triton does not import")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(StenoWarning, match="plain torch.*triton does not import"):
+        assert dispatch._choose(q, asked=False) == "naive"
 
 
 def test_fp64_queries_run_in_fp64(call):

@@ -8,11 +8,13 @@ from functools import lru_cache
 from torch import Tensor
 
 from steno.errors import BadArgument, StenoWarning, nearest
+from steno.kernels import triton_runtime
 
 from . import cpu, naive
+from .spans import DENSE_DTYPES
 from .table import SpanTable
 
-IMPLS = ("auto", "cpu", "naive")
+IMPLS = ("auto", "cpu", "triton", "naive")
 
 
 def attend(
@@ -33,7 +35,8 @@ def attend(
     q: `[B, H, T, D]`; query head h reads KV head h // G.
     scale: factor on the logits; softcap: if given, logits become `softcap * tanh(logits / softcap)`.
     causal: the last span of each head ends with the T new tokens, and query t does not see its last T - 1 - t.
-    impl: `auto` (native for CPU tensors where the library is there, else naive), `cpu` or `naive`.
+    impl: `auto` (native for CPU tensors where the library is there, Triton for CUDA tensors where it is installed, else
+        naive), `cpu`, `triton` or `naive`.
     isa: instruction set of the native kernel, `avx512`, `avx2` or `portable`; None: the best of this machine.
     num_threads: threads of the native kernel; None: `torch.get_num_threads()`.
 
@@ -44,24 +47,30 @@ def attend(
 
     Raises
     ------
-    BadArgument: shapes do not fit. KernelError: the native library, or `isa`, was asked for by name and is not there.
+    BadArgument: shapes or devices do not fit. KernelError: the native library, `isa` or Triton was asked for by name and
+        is not there.
     """
     _check(q, table, impl)
     if impl == "auto":
         impl = _choose(q, asked=isa is not None)
     if impl == "naive":
         return naive.attend(q, table, scale=scale, softcap=softcap, causal=causal)
+    if impl == "triton":
+        triton_runtime.require()
+        from . import triton  # not before it is needed: Triton is optional, and slow to import
+
+        return triton.attend(q, table, scale=scale, softcap=softcap, causal=causal)
     return cpu.attend(q, table, scale=scale, softcap=softcap, causal=causal, isa=isa, num_threads=num_threads)
 
 
 def _choose(q: Tensor, *, asked: bool) -> str:
     if asked:
         return "cpu"
-    if q.device.type != "cpu" or q.dtype not in cpu.QUERY_DTYPES:
+    if q.device.type not in ("cpu", "cuda") or q.dtype not in DENSE_DTYPES:
         return "naive"
-    reason = cpu.why_missing()
+    impl, reason = ("cpu", cpu.why_missing()) if q.device.type == "cpu" else ("triton", triton_runtime.why_missing())
     if reason is None:
-        return "cpu"
+        return impl
     _warn_once(reason)
     return "naive"
 

@@ -36,6 +36,11 @@ class DenseSpan:
         _check_layout(self.keys, self.values, log_counts=self.log_counts, num_tokens=self.num_tokens)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the span refers to."""
+        return tuple(x for x in (self.keys, self.values, self.log_counts) if x is not None)
+
+    @property
     def num_tokens(self) -> int:
         return self.keys.shape[0]
 
@@ -58,6 +63,11 @@ class PageSpan:
 
     def __post_init__(self) -> None:
         _check_layout(*self.pages.tensors, log_counts=self.log_counts, num_tokens=self.num_tokens)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the span refers to."""
+        return (*self.pages.tensors, *([] if self.log_counts is None else [self.log_counts]))
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import IntEnum, auto
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from steno.errors import BadArgument
 
 from .spans import DENSE_DTYPES, DenseSpan, Span
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 class Column(IntEnum):
@@ -42,6 +46,7 @@ class SpanTable:
     rows: `rows[b][h]` is the list of spans of KV head h of row b.
     entries: `[n, len(Column)]` int64, one line per span, heads in order; offsets: `[B * Hkv + 1]` int32 into them.
     page_ids: entry → int32 page indices to read instead of the whole span.
+    version: how often the entries changed. plan: what a kernel on a device has made of this table, or None.
     """
 
     def __init__(self, rows: list[list[list[Span]]], head_dim: int, entries: Tensor, offsets: Tensor) -> None:
@@ -50,6 +55,8 @@ class SpanTable:
         self.entries = entries
         self.offsets = offsets
         self.page_ids: dict[int, Tensor] = {}
+        self.version = 0
+        self.plan: Plan | None = None
         self._tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
         self._tail_capacities = [_tail_capacity(row) for row in rows]
 
@@ -83,6 +90,7 @@ class SpanTable:
                 raise BadArgument(f"a tail length must be between 0 and the dense tail's {capacity}; got {length}.")
         counts = torch.tensor(lengths, dtype=torch.int64).repeat_interleave(self.num_kv_heads)
         self.entries[:, Column.TOKENS].index_copy_(0, self._tail_entries, counts)
+        self.version += 1
 
     def with_page_ids(self, page_ids: Mapping[int, Tensor] | Sequence[Tensor | None]) -> SpanTable:
         """A table that reads only some 64-token pages of some spans.
