@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/steno/kernels/csrc/*)
 
-.PHONY: demo test slow lint model bench clean
+.PHONY: demo test slow lint model bench peers peers-bench clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -28,6 +28,13 @@ model: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode.py
+
+# other engines, each in its own environment under .peers (about 6 GB); docs/peers.md
+peers: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers/install.py
+
+peers-bench: model
+	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-cpu.jsonl
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "steno needs Python 3.11 or newer")'
