@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -216,6 +217,7 @@ def main() -> int:
     if min(arguments.rows, arguments.tokens - 63, arguments.steps - 1, arguments.threads) < 1:
         parser.error("--rows and --threads must be >= 1, --tokens >= 64, --steps >= 2")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the worker ends too, and the table comes
     prepared = prepare(arguments.peers.resolve(), arguments.rows, arguments.tokens)
     request = prepared | {"steps": arguments.steps, "threads": arguments.threads}
     shape = {"rows": arguments.rows, "prompt_tokens": arguments.tokens, "steps": arguments.steps}

@@ -11,6 +11,7 @@ from pathlib import Path
 from peer_protocol import Answer, Request, decode_rows, serve
 
 BLOCK_TOKENS = 128
+POSITIONS = 8192
 BYTES = {"auto": 2, "fp8": 1}
 
 
@@ -31,7 +32,7 @@ def measure(request: Request, *, kv: str) -> Answer:
         model=request.hf_folder,
         dtype="bfloat16",
         kv_cache_dtype=kv,
-        max_model_len=8192,
+        max_model_len=POSITIONS,
         max_num_seqs=max(8, request.rows),  # what is compiled depends on it
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
@@ -39,9 +40,8 @@ def measure(request: Request, *, kv: str) -> Answer:
     )
     engine = llm.llm_engine
     # more tokens than are waited for: rows read early go on while others are read
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=4 * request.decode_tokens + 64, ignore_eos=True, detokenize=False
-    )
+    max_tokens = min(4 * request.decode_tokens + 64, POSITIONS - request.prompt_tokens)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     for i, prompt in enumerate(request.prompts):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
     made = [0] * request.rows
