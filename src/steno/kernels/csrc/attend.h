@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
@@ -40,9 +40,10 @@ struct Problem {
     const float *q;  // [num_heads, group, num_queries, head_dim]
     float *out;      // the same shape
     float *lse;      // [num_heads, group, num_queries]
-    const Entry *entries;
+    Entry *entries;
     const int32_t *offsets;  // [num_heads + 1]
     int64_t num_heads;       // KV heads of all rows
+    int64_t num_kv_heads;    // of one row
     int64_t group;           // query heads per KV head
     int64_t num_queries;
     int64_t head_dim;
@@ -53,12 +54,37 @@ struct Problem {
     int32_t num_threads;
 };
 
-// A chunk of the queries of one KV head. Vector v is query `first + v / group` of query head `v % group`.
+// New tokens that steno_attend appends to the tails, the last spans of all heads, before it attends: the fields of
+// `_NewTokens` of steno/kernels/attention/cpu.py. Strides count numbers; those of a head lie side by side.
+struct NewTokens {
+    const uint8_t *keys;  // null: there are none
+    const uint8_t *values;
+    const int64_t *counts;  // [num_rows], real tokens of each row, its last ones; null: all num_queries
+    int64_t *lengths;       // [num_rows], tokens of the tails, brought up to date like the entries
+    int64_t key_strides[3];  // row, head, token
+    int64_t value_strides[3];
+    int64_t number_bytes;
+};
+
+// Queries that read the same spans [first_span, end_span): num_queries of each query head of one KV head, from `first`
+// on, of one row or, where rows share these spans, of num_rows rows, whose heads are `row_step` apart. The vectors of
+// a row follow each other; v of them is query `first + v / group` of query head `v % group`.
 struct Unit {
     int64_t head;
     int64_t first;
-    int64_t num_vectors;
+    int64_t num_queries;
+    int64_t num_rows;
+    int64_t row_step;
+    int32_t first_span;
+    int32_t end_span;
+    int64_t num_vectors;  // num_rows * num_queries * group
 };
+
+// The index of vector v among all queries: [num_heads][group][num_queries].
+inline int64_t query_index(const Problem &p, const Unit &unit, int64_t v) {
+    const int64_t per_row = unit.num_queries * p.group, row = v / per_row, w = v - row * per_row;
+    return ((unit.head + row * unit.row_step) * p.group + w % p.group) * p.num_queries + unit.first + w / p.group;
+}
 
 // Softmax over some of the keys of a unit, not yet normalized, with logits in units of log 2.
 struct Partial {

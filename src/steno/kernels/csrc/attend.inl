@@ -143,9 +143,10 @@ void attend_vectors(const Problem &p, const Unit &unit, const Batch &batch, int6
     const int64_t dim = padded_dim(p);
     float *acc = out.acc + v * dim, *logits = scratch.logits;
     multiply_keys<M>(batch, p.head_dim, scratch.q + v * dim, dim, scratch, logits, kStride);
-    for (int m = 0; m < M; m++)  // 32 bits, as a wide division takes longer than the softmax
-        update_softmax(p, batch, unit.first + static_cast<uint32_t>(v + m) / static_cast<uint32_t>(p.group),
-                       logits + m * kStride, out, v + m);
+    for (int m = 0; m < M; m++) {  // rows share no tail; 32 bits, as a wide division takes longer than the softmax
+        const int64_t query = static_cast<uint32_t>(v + m) / static_cast<uint32_t>(p.group);
+        update_softmax(p, batch, unit.first + query, logits + m * kStride, out, v + m);
+    }
     multiply<M>(batch.values, batch.count, logits, kPageTokens, kStride, scratch, {acc, dim, 0, acc, dim, 0});
 }
 
@@ -192,8 +193,7 @@ void load_queries(const Problem &p, const Unit &unit, float *dst) {
     const int64_t dim = padded_dim(p);
     const F scale = set1(p.softcap != 0.f ? p.scale / p.softcap : p.scale * kLog2E);
     for (int64_t v = 0; v < unit.num_vectors; v++) {
-        const int64_t row = (unit.head * p.group + v % p.group) * p.num_queries + unit.first + v / p.group;
-        const float *q = p.q + row * p.head_dim;
+        const float *q = p.q + query_index(p, unit, v) * p.head_dim;
         for (int64_t c = 0; c < dim; c += kLanes)
             store(dst + v * dim + c, mul(load_first(q + c, p.head_dim - c), scale));
     }
@@ -202,11 +202,10 @@ void load_queries(const Problem &p, const Unit &unit, float *dst) {
 void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, const Scratch &scratch,
             const Partial &out) {
     load_queries(p, unit, scratch.q);
-    const int64_t last = unit.first + unit.num_vectors / p.group - 1;  // the newest query
+    const int64_t last = unit.first + unit.num_queries - 1;  // the newest query
     const int64_t dim = p.head_dim;
-    const int32_t stop = p.offsets[unit.head + 1];
-    for (int32_t i = p.offsets[unit.head]; i < stop && end > 0; i++) {
-        const SpanView span = view(p, p.entries[i], i + 1 == stop);
+    for (int32_t i = unit.first_span; i < unit.end_span && end > 0; i++) {
+        const SpanView span = view(p, p.entries[i], i + 1 == p.offsets[unit.head + 1]);
         const Entry &e = *span.entry;
         const int64_t tokens = e.tokens - (span.is_tail ? hidden_from(p, last) : 0);
         const int64_t tiles = count_tiles(p, e, span.is_tail, last);

@@ -3,13 +3,16 @@
 // All tiles of 64 tokens of all rows and heads form one line; each thread takes one contiguous range of it
 // ("stream-K"), so one long row occupies every core, and ragged heads leave none idle.
 // Source: Sanovar et al., Lean Attention, 2024, https://arxiv.org/abs/2405.10480, section IV.
-// Differs: partial results are merged after a barrier instead of under a lock per output.
+// Differs: partial results are merged after a barrier instead of under a lock per output, and spans that several rows
+// share are read once, by a unit of work of its own whose results are merged into those of the rows.
 #include "dense.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -20,6 +23,7 @@
 namespace {
 
 constexpr int64_t kChunkVectors = 256;     // query vectors that share one pass over the keys
+constexpr int64_t kTileCost = 3;           // of reading a tile, in vectors that are multiplied with it
 constexpr int64_t kMinTilesPerThread = 8;  // below, starting a thread costs more than it saves
 constexpr int64_t kMinParallelMerge = 1 << 18;  // numbers to merge
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -34,30 +38,66 @@ int threads_for(const Problem &p, int64_t work) {
 #endif
 }
 
+bool is_same(const Entry &a, const Entry &b) { return std::memcmp(&a, &b, sizeof(Entry)) == 0; }
+
+// The spans of all heads, cut into units of work.
 struct Split {
     const Problem &p;
-    int64_t chunk;              // queries of a unit
-    int64_t chunks;             // units of a head
-    std::vector<int64_t> first; // [units + 1], first tile of each unit
+    std::vector<Unit> units;
+    std::vector<int64_t> tiles;   // of each unit
+    std::vector<int64_t> first;   // [units + 1], where each unit begins on a line on which a tile is as long as it takes
+    size_t num_shared = 0;        // the units in front read what rows share
+    int64_t shared_vectors = 0;   // of those
+    int64_t max_vectors = 1;
 
-    explicit Split(const Problem &problem) : p(problem) {
-        chunk = std::max<int64_t>(1, kChunkVectors / p.group);
-        chunks = ceil_div(p.num_queries, chunk);
-        first.assign(p.num_heads * chunks + 1, 0);
-        for (int64_t u = 0; u < p.num_heads * chunks; u++) first[u + 1] = first[u] + tiles(u);
+    explicit Split(const Problem &problem) : p(problem), first(1, 0) {
+        std::vector<int32_t> own(p.offsets, p.offsets + p.num_heads);  // where the spans of one row alone begin
+        const int64_t chunk = std::max<int64_t>(1, kChunkVectors / p.group), rows = p.num_heads / p.num_kv_heads;
+        for (int64_t h = 0; h < p.num_kv_heads; h++)
+            for (int64_t b = 0, end; b < rows; b = end) {
+                int32_t common = 0;
+                end = sharing_rows(h, b, rows, common);
+                if (!common) continue;
+                for (int64_t i = b; i < end; i++) own[i * p.num_kv_heads + h] += common;
+                const int64_t most = std::max<int64_t>(1, kChunkVectors / (std::min(chunk, p.num_queries) * p.group));
+                for (int64_t i = b; i < end; i += most)
+                    add(i * p.num_kv_heads + h, std::min(most, end - i), chunk, p.offsets[i * p.num_kv_heads + h],
+                        own[i * p.num_kv_heads + h]);
+            }
+        num_shared = units.size();
+        for (const Unit &unit : units) shared_vectors += unit.num_vectors;
+        for (int64_t head = 0; head < p.num_heads; head++) add(head, 1, chunk, own[head], p.offsets[head + 1]);
     }
 
-    int64_t queries(int64_t u) const { return std::min(chunk, p.num_queries - u % chunks * chunk); }
-    int64_t max_vectors() const { return std::min(chunk, p.num_queries) * p.group; }
-    Unit unit(int64_t u) const { return {u / chunks, u % chunks * chunk, queries(u) * p.group}; }
-
-    int64_t tiles(int64_t u) const {
-        const int64_t head = u / chunks, last = u % chunks * chunk + queries(u) - 1;
-        int64_t count = 0;
-        for (int32_t e = p.offsets[head]; e < p.offsets[head + 1]; e++)
-            count += count_tiles(p, p.entries[e], e + 1 == p.offsets[head + 1], last);
-        return count;
+    // The rows from b on up to the one returned have their first `common` spans of head h in common, but for the last.
+    int64_t sharing_rows(int64_t h, int64_t b, int64_t rows, int32_t &common) const {
+        int64_t end = b + 1;
+        for (; end < rows; end++) {
+            const int32_t mine = p.offsets[b * p.num_kv_heads + h], next = p.offsets[end * p.num_kv_heads + h];
+            const int32_t most = end > b + 1 ? common : p.offsets[b * p.num_kv_heads + h + 1] - mine - 1;
+            const int32_t limit = std::min(most, p.offsets[end * p.num_kv_heads + h + 1] - next - 1);
+            int32_t same = 0;
+            while (same < limit && is_same(p.entries[mine + same], p.entries[next + same])) same++;
+            if (same <= 0) break;
+            common = same;
+        }
+        return end;
     }
+
+    void add(int64_t head, int64_t rows, int64_t chunk, int32_t first_span, int32_t end_span) {
+        for (int64_t q = 0; q < p.num_queries; q += chunk) {
+            const int64_t queries = std::min(chunk, p.num_queries - q), vectors = rows * queries * p.group;
+            units.push_back({head, q, queries, rows, p.num_kv_heads, first_span, end_span, vectors});
+            int64_t count = 0;
+            for (int32_t e = first_span; e < end_span; e++)
+                count += count_tiles(p, p.entries[e], e + 1 == p.offsets[head + 1], q + queries - 1);
+            tiles.push_back(count);
+            first.push_back(first.back() + count * weight(units.size() - 1));
+            max_vectors = std::max(max_vectors, vectors);
+        }
+    }
+
+    int64_t weight(size_t u) const { return kTileCost + units[u].num_vectors; }
 };
 
 void clear(const Partial &x, const Problem &p, int64_t vectors) {
@@ -81,15 +121,25 @@ void merge(const Partial &into, const Partial &other, const Problem &p, int64_t 
     }
 }
 
-void finish(const Partial &x, const Problem &p, const Unit &unit) {
+// Where the results of a unit go: into those of the problem, or, of a shared unit, into a place of their own.
+struct Results {
+    float *out;  // [vectors][head_dim]
+    float *lse;
+    bool is_shared;
+    int64_t index(const Problem &p, const Unit &unit, int64_t v) const {
+        return is_shared ? v : query_index(p, unit, v);
+    }
+};
+
+void finish(const Partial &x, const Problem &p, const Unit &unit, const Results &results) {
     const int64_t dim = padded_dim(p);
     for (int64_t v = 0; v < unit.num_vectors; v++) {
-        const int64_t row = (unit.head * p.group + v % p.group) * p.num_queries + unit.first + v / p.group;
+        const int64_t row = results.index(p, unit, v);
         float sum = 0.f;
         for (int i = 0; i < kLanes; i++) sum += x.sum[v * kLanes + i];
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-        for (int64_t i = 0; i < p.head_dim; i++) p.out[row * p.head_dim + i] = x.acc[v * dim + i] * inverse;
-        p.lse[row] = (x.max[v] + std::log2(sum)) * kLog2;
+        for (int64_t i = 0; i < p.head_dim; i++) results.out[row * p.head_dim + i] = x.acc[v * dim + i] * inverse;
+        results.lse[row] = (x.max[v] + std::log2(sum)) * kLog2;
     }
 }
 
@@ -133,41 +183,96 @@ struct Worker {
     }
 };
 
-// Attends the tiles [begin, end) of the line.
-void work(const Split &split, Kernel kernel, Worker &worker, int64_t begin, int64_t end) {
-    const Problem &p = split.p;
-    int64_t u = std::upper_bound(split.first.begin(), split.first.end(), begin) - split.first.begin() - 1;
-    for (; begin < end; u++) {
-        const int64_t start = split.first[u], stop = std::min(end, split.first[u + 1]);
-        if (start == split.first[u + 1]) continue;
-        const Unit unit = split.unit(u);
-        const bool is_whole = begin == start && stop == split.first[u + 1];
-        const int slot = begin == start;
-        const Partial &partial = is_whole ? worker.whole : worker.kept[slot];
-        clear(partial, p, unit.num_vectors);
-        kernel(p, unit, begin - start, stop - start, worker.scratch, partial);
-        if (is_whole) finish(partial, p, unit);
-        else worker.kept_unit[slot] = u;
-        begin = stop;
+struct Job {
+    const Split &split;
+    Kernel kernel;
+    std::vector<Worker> workers;
+    std::vector<float> shared;  // out and log-sum-exp of the shared units, one after the other
+
+    Results results(size_t u) {
+        const Problem &p = split.p;
+        if (u >= split.num_shared) return {p.out, p.lse, false};
+        int64_t at = 0;
+        for (size_t i = 0; i < u; i++) at += split.units[i].num_vectors;
+        return {shared.data() + at * p.head_dim, shared.data() + split.shared_vectors * p.head_dim + at, true};
     }
-}
 
-// The thread that began a unit collects what the later ones found of it.
-void collect(const Split &split, std::vector<Worker> &workers, size_t i) {
-    const int64_t u = workers[i].kept_unit[1];
-    if (u < 0) return;
-    const Unit unit = split.unit(u);
-    for (size_t j = i + 1; j < workers.size() && workers[j].kept_unit[0] == u; j++)
-        merge(workers[i].kept[1], workers[j].kept[0], split.p, unit.num_vectors);
-    finish(workers[i].kept[1], split.p, unit);
-}
+    // Attends what lies between begin and end on the line.
+    void work(Worker &worker, int64_t begin, int64_t end) {
+        const Problem &p = split.p;
+        size_t u = std::upper_bound(split.first.begin(), split.first.end(), begin) - split.first.begin() - 1;
+        for (; u < split.units.size() && split.first[u] < end; u++) {
+            const int64_t start = split.first[u], weight = split.weight(u);
+            const int64_t from = ceil_div(std::max(begin, start) - start, weight);
+            const int64_t to = std::min(split.tiles[u], ceil_div(end - start, weight));
+            if (from >= to) continue;
+            const Unit &unit = split.units[u];
+            const bool is_whole = from == 0 && to == split.tiles[u];
+            const int slot = from == 0;
+            const Partial &partial = is_whole ? worker.whole : worker.kept[slot];
+            clear(partial, p, unit.num_vectors);
+            kernel(p, unit, from, to, worker.scratch, partial);
+            if (is_whole) finish(partial, p, unit, results(u));
+            else worker.kept_unit[slot] = static_cast<int64_t>(u);
+        }
+    }
 
-void answer_empty(const Split &split, Worker &worker) {
-    for (size_t u = 0; u + 1 < split.first.size(); u++) {
-        if (split.first[u] != split.first[u + 1]) continue;
-        const Unit unit = split.unit(u);
-        clear(worker.whole, split.p, unit.num_vectors);
-        finish(worker.whole, split.p, unit);
+    // The thread that began a unit collects what the later ones found of it.
+    void collect(size_t i) {
+        const int64_t u = workers[i].kept_unit[1];
+        if (u < 0) return;
+        const Unit &unit = split.units[u];
+        for (size_t j = i + 1; j < workers.size(); j++)
+            if (workers[j].kept_unit[0] == u) merge(workers[i].kept[1], workers[j].kept[0], split.p, unit.num_vectors);
+        finish(workers[i].kept[1], split.p, unit, results(u));
+    }
+
+    void answer_empty() {
+        for (size_t u = 0; u < split.units.size(); u++) {
+            if (split.tiles[u]) continue;
+            clear(workers[0].whole, split.p, split.units[u].num_vectors);
+            finish(workers[0].whole, split.p, split.units[u], results(u));
+        }
+    }
+
+    // Merges what was found of shared spans into what was found of the spans of one row alone.
+    void merge_shared() {
+        const Problem &p = split.p;
+        for (size_t u = 0; u < split.num_shared; u++) {
+            const Results found = results(u);
+            for (int64_t v = 0; v < split.units[u].num_vectors; v++) {
+                const int64_t row = query_index(p, split.units[u], v);
+                const float *part = found.out + v * p.head_dim;
+                float *out = p.out + row * p.head_dim, *lse = p.lse + row;
+                const float top = std::max(*lse, found.lse[v]);
+                if (top == -kInfinity) continue;
+                const float a = std::exp(*lse - top), b = std::exp(found.lse[v] - top), inverse = 1.f / (a + b);
+                for (int64_t i = 0; i < p.head_dim; i++) out[i] = (out[i] * a + part[i] * b) * inverse;
+                *lse = top + std::log(a + b);
+            }
+        }
+    }
+};
+
+// Copies new tokens behind the tails.
+void append(const Problem &p, const NewTokens &tokens) {
+    const int64_t rows = p.num_heads / p.num_kv_heads, width = tokens.number_bytes, bytes = p.head_dim * width;
+    for (int64_t b = 0; b < rows; b++) {
+        const int64_t count = tokens.counts ? tokens.counts[b] : p.num_queries;
+        for (int64_t h = 0; h < p.num_kv_heads; h++) {
+            Entry &tail = p.entries[p.offsets[b * p.num_kv_heads + h + 1] - 1];
+            for (int64_t t = 0; t < count; t++) {
+                const int64_t at[3] = {b, h, p.num_queries - count + t};
+                int64_t key = 0, value = 0;
+                for (int i = 0; i < 3; i++)
+                    key += at[i] * tokens.key_strides[i], value += at[i] * tokens.value_strides[i];
+                const int64_t to = (tail.tokens + t) * bytes;
+                std::memcpy(const_cast<uint8_t *>(tail.keys) + to, tokens.keys + key * width, bytes);
+                std::memcpy(const_cast<uint8_t *>(tail.values) + to, tokens.values + value * width, bytes);
+            }
+            tail.tokens += count;
+        }
+        tokens.lengths[b] += count;
     }
 }
 
@@ -204,33 +309,34 @@ EXPORT int32_t steno_abi_version() { return kAbiVersion; }
 
 EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernels(isa) != nullptr; }
 
-// 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory.
-EXPORT int32_t steno_attend(const Problem *problem) try {
+// 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory. Nothing is appended then.
+EXPORT int32_t steno_attend(const Problem *problem, const NewTokens *tokens) try {
     const Problem &p = *problem;
     const Kernels *kernels = find_kernels(p.isa);
     if (!kernels) return 1;
     if (!page_ids_fit(p)) return 2;
+    if (tokens->keys) append(p, *tokens);
     const Split split(p);
-    const int64_t total = split.first.back(), vectors = split.max_vectors();
-    const int threads = threads_for(p, total * ceil_div(vectors, kMaxDirect));
+    const int64_t total = split.first.back(), vectors = split.max_vectors;
+    const int threads = threads_for(p, total / (kTileCost + kMaxDirect));
     Arena sizes{nullptr};
     Worker(sizes, p, vectors);
-    float *memory = static_cast<float *>(std::aligned_alloc(64, sizeof(float) * sizes.used * threads));
+    const std::unique_ptr<float, decltype(&std::free)> memory(
+        static_cast<float *>(std::aligned_alloc(64, sizeof(float) * sizes.used * threads)), std::free);
     if (!memory) return 3;
-    std::vector<Worker> workers;
+    Job job{split, kernels->attend, {}, std::vector<float>(split.shared_vectors * (p.head_dim + 1))};
     for (int i = 0; i < threads; i++) {
-        Arena arena{memory + sizes.used * i};
-        workers.emplace_back(arena, p, vectors);
+        Arena arena{memory.get() + sizes.used * i};
+        job.workers.emplace_back(arena, p, vectors);
     }
-    answer_empty(split, workers[0]);
+    job.answer_empty();
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int i = 0; i < threads; i++)
-        work(split, kernels->attend, workers[i], total * i / threads, total * (i + 1) / threads);
+    for (int i = 0; i < threads; i++) job.work(job.workers[i], total * i / threads, total * (i + 1) / threads);
     // a second meeting of the threads costs more than it saves unless there is much to merge
 #pragma omp parallel for num_threads(threads) schedule(static, 1) \
     if (threads * vectors * padded_dim(p) > kMinParallelMerge)
-    for (int i = 0; i < threads; i++) collect(split, workers, i);
-    std::free(memory);
+    for (int i = 0; i < threads; i++) job.collect(i);
+    job.merge_shared();
     return 0;
 } catch (const std::bad_alloc &) {
     return 3;
