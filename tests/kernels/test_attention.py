@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from implementations import IMPLS, needs_triton, run
 from torch.nn.functional import scaled_dot_product_attention
 
-from steno.kernels.attention import DenseSpan, PageSpan, SpanTable, attend, cpu, merge_attention
+from steno.kernels import native
+from steno.kernels.attention import DenseSpan, PageSpan, SpanTable, attend, merge_attention
 from steno.kernels.quant import encode_pages
 from steno.types import PageFormat
 
-ISAS = cpu.available_isas()
+ISAS = native.available_isas()
 needs_native = pytest.mark.skipif(not ISAS, reason="the native library is not built")
 HEAD_DIMS = [1, 8, 16, 20, 64, 80, 128, 256]
 LENGTHS = st.sampled_from([0, 1, 2, 63, 64, 65, 130])

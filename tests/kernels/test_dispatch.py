@@ -1,16 +1,17 @@
 """Which implementation runs, and what happens where one is missing."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from steno.errors import BadArgument, KernelError, StenoWarning
-from steno.kernels import triton_runtime
-from steno.kernels.attention import DenseSpan, SpanTable, attend, cpu, dispatch
+from steno.kernels import native, triton_runtime
+from steno.kernels.attention import DenseSpan, SpanTable, attend, dispatch
 
-needs_native = pytest.mark.skipif(not cpu.available_isas(), reason="the native library is not built")
+needs_native = pytest.mark.skipif(not native.available_isas(), reason="the native library is not built")
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def call():
 @pytest.fixture
 def library_dir(tmp_path, monkeypatch):
     """An empty folder in place of the one with the library."""
-    monkeypatch.setattr(cpu, "LIBRARY_DIR", tmp_path)
+    monkeypatch.setattr(native, "LIBRARY_DIR", tmp_path)
     dispatch._warn_once.cache_clear()
     yield tmp_path
     dispatch._warn_once.cache_clear()
@@ -46,7 +47,7 @@ def test_missing_library_by_name_is_an_error(call, library_dir):
         attend(q, table, scale=0.5, impl="cpu")
     with pytest.raises(KernelError, match="not compiled"):
         attend(q, table, scale=0.5, isa="portable")
-    assert cpu.available_isas() == []
+    assert native.available_isas() == []
 
 
 def test_damaged_library_counts_as_missing(call, library_dir):
@@ -59,8 +60,8 @@ def test_damaged_library_counts_as_missing(call, library_dir):
 @needs_native
 def test_library_of_another_version_counts_as_missing(call, library_dir, monkeypatch):
     q, table = call
-    (library_dir / "_native.so").symlink_to(next(cpu.Path(cpu.__file__).parent.parent.glob("_native*.so")))
-    monkeypatch.setattr(cpu, "ABI_VERSION", cpu.ABI_VERSION + 1)
+    (library_dir / "_native.so").symlink_to(next(Path(native.__file__).parent.glob("_native*.so")))
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     with pytest.raises(KernelError, match="interface version"):
         attend(q, table, scale=0.5, impl="cpu")
 
@@ -68,7 +69,7 @@ def test_library_of_another_version_counts_as_missing(call, library_dir, monkeyp
 @needs_native
 def test_missing_instruction_set_is_an_error(call, monkeypatch):
     q, table = call
-    monkeypatch.setattr(cpu, "ISAS", (*cpu.ISAS, "amx"))
+    monkeypatch.setattr(native, "ISAS", (*native.ISAS, "amx"))
     with pytest.raises(KernelError, match="'amx' is not available"):
         attend(q, table, scale=0.5, isa="amx")
 

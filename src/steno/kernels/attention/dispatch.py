@@ -8,7 +8,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from steno.errors import BadArgument, StenoWarning, nearest
-from steno.kernels import triton_runtime
+from steno.kernels import native, triton_runtime
 
 from . import cpu, naive
 from .spans import DENSE_DTYPES
@@ -68,7 +68,7 @@ def _choose(q: Tensor, *, asked: bool) -> str:
         return "cpu"
     if q.device.type not in ("cpu", "cuda") or q.dtype not in DENSE_DTYPES:
         return "naive"
-    impl, reason = ("cpu", cpu.why_missing()) if q.device.type == "cpu" else ("triton", triton_runtime.why_missing())
+    impl, reason = ("cpu", native.why_missing()) if q.device.type == "cpu" else ("triton", triton_runtime.why_missing())
     if reason is None:
         return impl
     _warn_once(reason)
