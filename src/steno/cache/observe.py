@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from steno.cache.policy import LayerPolicy
-from steno.kernels.attention import attention_mass
 from steno.types import Need, Observation, Rope
+
+STATISTICS_BLOCK = 512
+"""Queries whose statistics are computed at a time, so that the temporaries stay in the processor's cache."""
 
 
 class PromptObserver:
@@ -22,31 +24,33 @@ class PromptObserver:
         self.query_products: Tensor | None = None  # [H, D, D] fp64
         self.num_statistics = 0
 
-    def see(self, q: Tensor, keys: Tensor) -> None:
-        """One chunk: q `[H, T, D]` post-RoPE; keys `[Hkv, S, D]`, all read so far, this chunk included."""
-        needs = self.policy.needs
-        if Need.QUERIES in needs:
+    def see(self, q: Tensor) -> None:
+        """The queries of one chunk, `[H, T, D]` post-RoPE."""
+        if Need.QUERIES in self.policy.needs:
             window = q if self.queries is None else torch.cat([self.queries, q], dim=1)
             self.queries = window[:, -self.policy.query_window :].clone()
-        if Need.ATTENTION_MASS in needs:
-            mass = attention_mass(q, keys, scale=self.scale, softcap=self.softcap, offset=self.num_seen)
-            if self.mass is not None:
-                mass[:, : self.mass.shape[1]] += self.mass
-            self.mass = mass
-        if Need.QUERY_STATISTICS in needs:
+        if Need.QUERY_STATISTICS in self.policy.needs:
             self._gather_statistics(q)
         self.num_seen += q.shape[1]
 
+    def see_mass(self, mass: Tensor) -> None:
+        """The attention `[H, S]` fp32 that all tokens read so far, those of the chunk included, got from the chunk."""
+        if self.mass is not None:
+            mass[:, : self.mass.shape[1]] += self.mass
+        self.mass = mass
+
     def _gather_statistics(self, q: Tensor) -> None:
         skip = min(max(0, self.policy.query_statistics_skip - self.num_seen), q.shape[1])
-        positions = torch.arange(self.num_seen + skip, self.num_seen + q.shape[1], device=q.device)
-        if not len(positions):
-            return
-        plain = _unrotate(q[:, skip:].float(), positions, self.rope).double()
-        total, products = plain.sum(1), plain.mT @ plain  # [H, D], [H, D, D]
-        self.query_sum = total if self.query_sum is None else self.query_sum + total
-        self.query_products = products if self.query_products is None else self.query_products + products
-        self.num_statistics += len(positions)
+        for start in range(skip, q.shape[1], STATISTICS_BLOCK):
+            block = q[:, start : start + STATISTICS_BLOCK].float()
+            first = self.num_seen + start
+            positions = torch.arange(first, first + block.shape[1], device=q.device)
+            plain = _unrotate(block, positions, self.rope)
+            # products of a block in fp32 are off by its 1e-6; what adds up the blocks must not add to that
+            total, products = plain.sum(1).double(), (plain.mT @ plain).double()  # [H, D], [H, D, D]
+            self.query_sum = total if self.query_sum is None else self.query_sum + total
+            self.query_products = products if self.query_products is None else self.query_products + products
+            self.num_statistics += block.shape[1]
 
     def observation(
         self, *, layer_idx: int, num_layers: int, budget_tokens: int, replay_mass: Tensor | None

@@ -16,7 +16,7 @@ from steno.cache.segment import HeadKV, owned
 from steno.cache.tokens import NewTokens
 from steno.errors import CacheError
 from steno.kernels.attention import merge_attention
-from steno.kernels.attention.prefill import attention_and_lse, causal_attention
+from steno.kernels.attention.prefill import attention_and_lse, causal_attention, causal_attention_and_mass
 from steno.types import LayerKV, Need, Rope
 
 
@@ -70,17 +70,24 @@ class Prompt:
                 if past_k.shape[1]:
                     k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
                 self.rows[b] = k, v
-                self.observers[b].see(row.q[0], k)
+                self.observers[b].see(row.q[0])
         if new.counts is None and is_first:
-            return causal_attention(new.q, new.k, new.v, scale=new.scale, softcap=new.softcap, sinks=new.sinks)
+            return self._attend(new, new.k, new.v, self.observers)
         out = torch.zeros_like(new.q)
         for b, count in enumerate(new.row_counts):
             if count:
                 k, v = self.rows[b]
-                row_out = causal_attention(
-                    new.row(b).q, k[None], v[None], scale=new.scale, softcap=new.softcap, sinks=new.sinks
-                )
-                new.scatter_(out, b, row_out)
+                new.scatter_(out, b, self._attend(new.row(b), k[None], v[None], self.observers[b : b + 1]))
+        return out
+
+    def _attend(self, new: NewTokens, k: Tensor, v: Tensor, observers: list[PromptObserver]) -> Tensor:
+        """Causal attention of the last T of S tokens, k and v `[B, Hkv, S, D]`, which shows its mass to those who ask."""
+        q, scale, softcap, sinks = new.q, new.scale, new.softcap, new.sinks
+        if Need.ATTENTION_MASS not in self.policy.needs:
+            return causal_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+        out, mass = causal_attention_and_mass(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+        for observer, row_mass in zip(observers, mass, strict=True):
+            observer.see_mass(row_mass)
         return out
 
     def keep(self) -> None:

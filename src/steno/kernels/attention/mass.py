@@ -30,8 +30,7 @@ def attention_mass(
     for start in range(0, q.shape[1], block):
         queries = q[:, start : start + block]
         seen = min(offset + start + queries.shape[1], k.shape[1])
-        last_seen = torch.arange(offset + start, offset + start + queries.shape[1], device=q.device)
-        mass[:, :seen] += _softmax(queries, k[:, :seen], last_seen, scale, softcap).sum(dim=1)
+        mass[:, :seen] += _softmax(queries, k[:, :seen], offset + start, scale, softcap).sum(dim=1)
     return mass
 
 
@@ -39,18 +38,18 @@ def attention_weights(q: Tensor, k: Tensor, *, scale: float, softcap: float | No
     """Softmax attention `[H, T, S]` fp32 of queries `[H, T, D]` to keys `[Hkv, S, D]`, causal among the last T keys."""
     if q.shape[1] > k.shape[1]:
         raise BadArgument(f"the keys must include those of the {q.shape[1]} queries; got {k.shape[1]} keys.")
-    last_seen = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
-    return _softmax(q, k, last_seen, scale, softcap)
+    return _softmax(q, k, k.shape[1] - q.shape[1], scale, softcap)
 
 
-def _softmax(q: Tensor, k: Tensor, last_seen: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention `[H, T, S]`; query t sees the keys up to `last_seen[t]`."""
+def _softmax(q: Tensor, k: Tensor, offset: int, scale: float, softcap: float | None) -> Tensor:
+    """Attention `[H, T, S]`; query t sees the keys 0 to offset + t."""
     grouped = q.float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G * T, D]
     x = torch.bmm(grouped, k.float().transpose(1, 2)).mul_(scale).reshape(*q.shape[:2], -1)  # [H, T, S]
     if softcap:
         x = x.div_(softcap).tanh_().mul_(softcap)
-    hidden = torch.arange(k.shape[1], device=q.device) > last_seen[:, None]  # [T, S]
-    return x.masked_fill_(hidden, -torch.inf).softmax(dim=2)
+    newer = x[..., offset:]  # [H, T, S - offset]; all queries see what comes before
+    newer.masked_fill_(torch.ones(newer.shape[1:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+    return x.softmax(dim=2)
 
 
 def max_attention(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:

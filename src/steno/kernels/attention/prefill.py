@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steno.kernels.attention import dense
+from steno.kernels.attention.mass import attention_mass
 from steno.kernels.attention.merge import merge_attention
 
 QUERY_BLOCK = 512
@@ -22,12 +23,29 @@ def causal_attention(
     weight and gives no value (gpt-oss). Returns `[B, H, T, D]` in q's dtype.
     """
     if softcap is None and sinks is None:
+        # in 16 bits SDPA rounds as the host does, and is far ahead where the processor has matrix units
+        if dense.can_run(q, k, v) and (q.dtype == torch.float32 or q.shape[2] < k.shape[2]):
+            return dense.flash_attention(q, k, v, scale=scale, causal=True)[0]
         return _sdpa(q, k, v, scale)
     blocks = [
         _explicit(q[:, :, a : a + QUERY_BLOCK], k, v, k.shape[2] - q.shape[2] + a, scale, softcap, sinks)
         for a in range(0, q.shape[2], QUERY_BLOCK)
     ]
     return torch.cat(blocks, dim=2)
+
+
+def causal_attention_and_mass(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`causal_attention` and the attention that each key got from all queries, `[B, H, S]` fp32; sinks take none of it.
+
+    Natively both come from one pass: column sums of weights that are there anyway.
+    """
+    if softcap is None and sinks is None and dense.can_run(q, k, v):
+        return dense.flash_attention_and_mass(q, k, v, scale=scale)
+    past = k.shape[2] - q.shape[2]
+    mass = [attention_mass(*row, scale=scale, softcap=softcap, offset=past) for row in zip(q, k, strict=True)]
+    return causal_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks), torch.stack(mass)
 
 
 def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

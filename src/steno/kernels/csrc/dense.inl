@@ -4,7 +4,8 @@
 
 constexpr int kBlockColumns = kAccumulators >= 4 * kMaxBlock ? 4 : 1;
 constexpr int kBlockRows = kAccumulators / kBlockColumns;
-static_assert(kDenseRows % kBlockRows == 0, "units are whole blocks");
+static_assert(kDenseRows % kBlockRows == 0 && kMassRows % kBlockRows == 0, "units are whole blocks");
+static_assert(kMassRows % kLanes == 0, "the bases of a tile are whole vectors");
 
 // The softmax is relative to a logit near the largest: following it closely would mean rescaling more often, and 2^8 is
 // far from anything that fp32 cannot hold.
@@ -88,25 +89,30 @@ void pack(const DenseProblem &p, int64_t head, int64_t tile, float *keys, float 
     for (int64_t i = 0; i < p.head_dim * kPageTokens; i += kLanes) store(keys + i, mul(load(keys + i), scale));
 }
 
+// Rows of a unit that are all older than the keys from `first` on, in whole blocks: they have nothing to do there.
+inline int64_t hidden_rows(const DenseProblem &p, const DenseUnit &unit, int64_t first) {
+    const int64_t newer = first - (p.num_keys - p.num_queries) - unit.first;
+    return p.causal && newer > 0 ? newer / kBlockRows * kBlockRows : 0;
+}
+
 // One tile of keys and values for all rows of a unit.
 void flash_tile(const DenseProblem &p, const DenseUnit &unit, int64_t tile, const float *keys, const float *values,
-                const DenseScratch &s) {
+                const DenseScratch &s, float *weights) {
     const int64_t dim = padded_dim(p), first = tile * kPageTokens, count = clamp_tokens(p.num_keys - first);
-    const float *q = p.q + ((unit.head * p.group + unit.query_head) * p.num_queries + unit.first) * p.head_dim;
-    // blocks of queries that are all older than these keys have nothing to do
-    const int64_t hidden = p.causal && first > unit.first ? (first - unit.first) / kBlockRows * kBlockRows : 0;
+    const int64_t hidden = hidden_rows(p, unit, first), past = p.num_keys - p.num_queries;
+    const float *q = p.q + query_offset(p, p.q_strides, unit, unit.first);
     const float *rows[kBlockRows];
     for (int64_t r = hidden; r < unit.num_rows; r += kBlockRows) {
-        point_at(q, p.head_dim, r, unit.num_rows, rows);
-        multiply_keys(rows, keys, p.head_dim, s.weights + r * kPageTokens);
+        point_at(q, p.q_strides[2], r, unit.num_rows, rows);
+        multiply_keys(rows, keys, p.head_dim, weights + r * kPageTokens);
         for (int64_t i = r; i < r + kBlockRows; i++) {
-            const int64_t visible = p.causal ? unit.first + i + 1 - first : count;
-            weigh(s.weights + i * kPageTokens, visible < count ? visible : count, s.base + i, s.sum + i * kLanes,
+            const int64_t visible = p.causal ? past + unit.first + i + 1 - first : count;
+            weigh(weights + i * kPageTokens, visible < count ? visible : count, s.base + i, s.sum + i * kLanes,
                   s.acc + i * dim, dim);
         }
     }
     for (int64_t r = hidden; r < unit.num_rows; r += kBlockRows) {
-        point_at(s.weights, kPageTokens, r, kDenseRows, rows);
+        point_at(weights, kPageTokens, r, r + kBlockRows, rows);
         int64_t c = 0;
         for (; c + kBlockColumns * kLanes <= dim; c += kBlockColumns * kLanes)
             multiply_values<kBlockColumns>(rows, values + c, dim, count, s.acc + r * dim + c);
@@ -114,21 +120,50 @@ void flash_tile(const DenseProblem &p, const DenseUnit &unit, int64_t tile, cons
     }
 }
 
+// Adds the weights of one tile, of which those of a row are relative to one base, to the mass of its 64 keys.
+// inverse: of the sums of all weights, which are relative to s.base.
+inline void add_mass(const DenseProblem &p, const DenseUnit &unit, int64_t tile, const DenseScratch &s,
+                     const float *inverse, float *mass) {
+    const float *weights = s.weights + tile * kMassRows * kPageTokens;
+    float factor[kMassRows];
+    for (int r = 0; r < kMassRows; r += kLanes) {
+        const F shift = sub(load(s.bases + tile * kMassRows + r), load(s.base + r));
+        store(factor + r, mul(exp2_of(shift), load(inverse + r)));
+    }
+    F x[kTileVectors];
+    for (int n = 0; n < kTileVectors; n++) x[n] = load(mass + n * kLanes);
+    for (int64_t i = hidden_rows(p, unit, tile * kPageTokens); i < unit.num_rows; i++) {
+        const F f = set1(factor[i]);
+        for (int n = 0; n < kTileVectors; n++) x[n] = fma(f, load(weights + i * kPageTokens + n * kLanes), x[n]);
+    }
+    for (int n = 0; n < kTileVectors; n++) store(mass + n * kLanes, x[n]);
+}
+
 void flash(const DenseProblem &p, const DenseUnit &unit, const float *keys, const float *values,
-           const DenseScratch &s) {
-    const int64_t dim = padded_dim(p), visible = p.causal ? unit.first + unit.num_rows : p.num_keys;
-    for (int64_t i = 0; i < kDenseRows; i++) s.base[i] = -kInfinity;
-    for (int64_t i = 0; i < kDenseRows * kLanes; i++) s.sum[i] = 0.f;
-    for (int64_t i = 0; i < kDenseRows * dim; i++) s.acc[i] = 0.f;
-    for (int64_t t = 0; t * kPageTokens < visible; t++)
-        flash_tile(p, unit, t, keys + t * packed_tile(p), values + t * packed_tile(p), s);
+           const DenseScratch &s, float *mass) {
+    const int64_t dim = padded_dim(p), num_rows = rows_at_a_time(p);
+    const int64_t visible = p.num_keys - (p.causal ? p.num_queries - unit.first - unit.num_rows : 0);
+    for (int64_t i = 0; i < num_rows; i++) s.base[i] = -kInfinity;
+    for (int64_t i = 0; i < num_rows * kLanes; i++) s.sum[i] = 0.f;
+    for (int64_t i = 0; i < num_rows * dim; i++) s.acc[i] = 0.f;
+    for (int64_t t = 0; t * kPageTokens < visible; t++) {
+        flash_tile(p, unit, t, keys + t * packed_tile(p), values + t * packed_tile(p), s,
+                   s.weights + (mass ? t * kMassRows * kPageTokens : 0));
+        if (mass)
+            for (int r = 0; r < kMassRows; r += kLanes) store(s.bases + t * kMassRows + r, load(s.base + r));
+    }
+    float inverse[kDenseRows] = {};
     for (int64_t i = 0; i < unit.num_rows; i++) {
-        const int64_t row = (unit.head * p.group + unit.query_head) * p.num_queries + unit.first + i;
         const float sum = hsum(load(s.sum + i * kLanes));
-        const float inverse = 1.f / sum;
-        for (int64_t c = 0; c < p.head_dim; c++) p.out[row * p.head_dim + c] = s.acc[i * dim + c] * inverse;
+        inverse[i] = 1.f / sum;
+        float *out = p.out + query_offset(p, p.out_strides, unit, unit.first + i);
+        for (int64_t c = 0; c < p.head_dim; c++) out[c] = s.acc[i * dim + c] * inverse[i];
+        const int64_t row = (unit.head * p.group + unit.query_head) * p.num_queries + unit.first + i;
         p.lse[row] = static_cast<float>((s.base[i] + __builtin_log2(sum)) * 0.69314718055994531);
     }
+    if (mass)
+        for (int64_t t = 0; t * kPageTokens < visible; t++)
+            add_mass(p, unit, t, s, inverse, mass + t * kPageTokens);
 }
 
 void max_attention(const DenseProblem &p, int64_t head, int64_t tile, float *keys) {
