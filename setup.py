@@ -41,7 +41,9 @@ class BuildNative(build_ext):
 
 native = Extension(
     "steno.kernels._native",
-    sources=[str(CSRC / name) for name in ("dispatch.cpp", "dense.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp")],
+    sources=[
+        str(CSRC / f"{name}.cpp") for name in ("dispatch", "dense", "encode", "portable", "avx2", "avx512", "vnni")
+    ],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",
     optional=True,  # a compiler that is missing or fails is a warning

@@ -78,8 +78,7 @@ def _paged_row(selection: Selection, policy: LayerPolicy) -> tuple[Row, tuple[Te
         return row, empty
     full = keys.shape[1] // policy.residual_tokens * policy.residual_tokens
     if full:
-        heads = list(zip(keys[:, :full], values[:, :full], strict=True))
-        row.segments.append(PagedSegment.encode(heads, fmt, summarize=summarize))
+        row.segments.append(PagedSegment.uniform(keys[:, :full], values[:, :full], fmt, summarize=summarize))
     return row, (keys[:, full:], values[:, full:])
 
 

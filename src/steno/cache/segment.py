@@ -158,6 +158,16 @@ class PagedSegment(Segment):
             page_bounds=tuple(page_summaries(k) for k, _ in heads) if summarize else None,
         )
 
+    @classmethod
+    def uniform(cls, keys: Tensor, values: Tensor, fmt: PageFormat, *, summarize: bool = False) -> PagedSegment:
+        """From keys and values `[Hkv, n, D]`, n a multiple of 64, encoded from where they lie."""
+        num_heads, n = keys.shape[0], keys.shape[1] // PAGE_TOKENS
+        return cls(
+            pages=encode_pages(keys.unflatten(1, (n, PAGE_TOKENS)), values.unflatten(1, (n, PAGE_TOKENS)), fmt),
+            offsets=tuple(range(0, num_heads * n + 1, n)),
+            page_bounds=tuple(page_summaries(k) for k in keys) if summarize else None,
+        )
+
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple((b - a) * PAGE_TOKENS for a, b in zip(self.offsets, self.offsets[1:], strict=False))

@@ -146,10 +146,11 @@ inline F hsum16(const F *x) {
 #include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
+#include "encode.inl"
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {attend, pack, flash, max_attention};
+const Kernels kAvx2Kernels = {attend, pack, flash, max_attention, encode};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -21,10 +21,11 @@ namespace {
 #include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
+#include "encode.inl"
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {attend, pack, flash, max_attention};
+const Kernels kAvx512Kernels = {attend, pack, flash, max_attention, encode};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend.h"
+#include "encode.h"
 
 // The arguments of steno_flash_attention and steno_max_attention; `_DenseProblem` of steno/kernels/attention/dense.py
 // has the same fields.
@@ -73,6 +74,7 @@ struct Kernels {
     PackKernel pack;
     FlashKernel flash;
     MaxKernel max;
+    EncodeKernel encode;
 };
 
 extern const Kernels kPortableKernels;

@@ -97,7 +97,8 @@ inline F hsum16(const F *x) {
 #include "products.inl"
 #include "attend.inl"
 #include "dense.inl"
+#include "encode.inl"
 
 }  // namespace
 
-const Kernels kPortableKernels = {attend, pack, flash, max_attention};
+const Kernels kPortableKernels = {attend, pack, flash, max_attention, encode};

@@ -37,9 +37,11 @@ def quantize_groups(matrix: Tensor, *, bits: int, group: int) -> tuple[Tensor, T
         grouped = torch.cat([grouped, grouped[:, :, -1:].expand(-1, -1, -columns % group)], dim=2)
     grouped = grouped.reshape(num_pages, rows, -1, group)
     low, high = grouped.amin(dim=3, keepdim=True), grouped.amax(dim=3, keepdim=True)  # [P, R, groups, 1]
-    minima = low.clamp_(-FP16_MAX, FP16_MAX).half()
+    minima = low.clamp_(-FP16_MAX, FP16_MAX).add_(0.0).half()  # one zero, whichever of the two was found first
     scales = ((high - minima.float()) / (2**bits - 1)).clamp_(MIN_SCALE, FP16_MAX).half()
-    codes = grouped.sub_(minima.float()).mul_(scales.float().reciprocal_()).round_().clamp_(0, 2**bits - 1)
+    codes = (
+        grouped.sub_(minima.float()).mul_(scales.float().reciprocal_()).round_().clamp_(0, 2**bits - 1).nan_to_num_(0.0)
+    )
     params = torch.stack([scales.squeeze(3), minima.squeeze(3)], dim=1)  # [P, 2, R, groups]
     codes = codes.to(torch.uint8).reshape(num_pages, rows, -1)[:, :, :columns]
     return codes, params.transpose(2, 3).contiguous()

@@ -16,6 +16,7 @@ from steno.errors import BadArgument, nearest
 from steno.kernels import triton_runtime
 from steno.types import PAGE_TOKENS, PageFormat
 
+from . import cpu
 from .groups import dequantize_groups, quantize_groups
 from .packing import LANES, code_bytes, pack_codes, unpack_codes
 
@@ -59,16 +60,21 @@ class Pages:
 
 
 def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat, *, impl: str = "auto") -> Pages:
-    """Quantize keys and values `[P, 64, D]` into P pages, on any device.
+    """Quantize keys and values `[..., 64, D]` into pages, in the order of the leading axes; works on any device.
 
-    impl: `torch`, `triton` (one kernel, the same bytes) or `auto`, Triton for CUDA tensors where it is installed.
-    Raises `BadArgument` for shapes, formats or an impl that do not fit, `KernelError` where Triton is asked for and missing.
+    impl: `cpu` (native; reads them where they lie, strided as they are), `triton`, `torch`, all with the same bytes, or
+    `auto`, the first that is there for the device. Infinities become the ends of what fp16 can hold; a group with a NaN
+    becomes NaN. Raises `BadArgument` for shapes, formats or an impl that do not fit, `KernelError` where an impl is asked
+    for and missing.
     """
-    if keys.ndim != 3 or keys.shape != values.shape or keys.shape[1] != PAGE_TOKENS or not keys.shape[2]:
+    if keys.ndim < 3 or keys.shape != values.shape or keys.shape[-2] != PAGE_TOKENS or not keys.shape[-1]:
         shapes = f"{[*keys.shape]}, {[*values.shape]}"
-        raise BadArgument(f"keys and values must both be [P, {PAGE_TOKENS}, D]; got {shapes}.")
-    head_dim = keys.shape[2]
+        raise BadArgument(f"keys and values must both be [..., {PAGE_TOKENS}, D]; got {shapes}.")
+    head_dim = keys.shape[-1]
     _check_format(fmt, head_dim)
+    if impl == "cpu" or (impl == "auto" and cpu.can_run(keys, values)):
+        return _pages(fmt, head_dim, [*cpu.encode_pages(keys, values, fmt)])
+    keys, values = keys.flatten(0, -3), values.flatten(0, -3)
     if _chosen(impl, keys) == "triton":
         from . import triton  # not before it is needed: Triton is optional, and slow to import
 
