@@ -164,7 +164,7 @@ class PagedSegment(Segment):
         num_heads, n = keys.shape[0], keys.shape[1] // PAGE_TOKENS
         return cls(
             pages=encode_pages(keys.unflatten(1, (n, PAGE_TOKENS)), values.unflatten(1, (n, PAGE_TOKENS)), fmt),
-            offsets=tuple(range(0, num_heads * n + 1, n)),
+            offsets=tuple(range(0, num_heads * n + 1, n)) if n else (0,) * (num_heads + 1),
             page_bounds=tuple(page_summaries(k) for k in keys) if summarize else None,
         )
 

@@ -5,7 +5,8 @@ Source: Zhang, Sheng, Zhou, Chen, Zheng, Cai, Song, Tian, Re, Barrett, Wang, Che
 Differs: the gathered attention is summed over the query heads of a KV head (the authors' code knows only one query
     head per KV head); heavy and recent are shares of one budget, not of the prompt. As in the paper it is a sum, so
     early tokens, seen by more queries, are favoured.
-Cost: the column sums of the prompt's attention, which the host gathers in blocks; one sum over G per decode step.
+Cost: the column sums of the prompt's attention, one multiply-add per weight in the native prefill (elsewhere a second
+    pass in blocks); one sum over G per decode step.
 """
 
 from __future__ import annotations
