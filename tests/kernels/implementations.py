@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from steno.kernels import triton_runtime
-from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend, cpu
+from steno.kernels import native, triton_runtime
+from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend
 from steno.kernels.attention.table import Column
 
 HAS_TRITON = triton_runtime.why_missing() is None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU through Triton's interpreter
-IMPLS = ["naive", *(["cpu"] if cpu.available_isas() else []), *(["triton"] if HAS_TRITON else [])]
+IMPLS = ["naive", *(["cpu"] if native.available_isas() else []), *(["triton"] if HAS_TRITON else [])]
 
 
 def run(impl: str, q: Tensor, table: SpanTable, **options: object) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,9 @@ def _paged_row(selection: Selection, policy: LayerPolicy) -> tuple[Row, tuple[Te
         return row, empty
     full = keys.shape[1] // policy.residual_tokens * policy.residual_tokens
     if full:
-        row.segments.append(PagedSegment.uniform(keys[:, :full], values[:, :full], fmt, summarize=summarize))
+        row.segments.append(
+            *PagedSegment.encode_rows(keys[None, :, :full], values[None, :, :full], fmt, summarize=summarize)
+        )
     return row, (keys[:, full:], values[:, full:])
 
 

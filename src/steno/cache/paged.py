@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from steno.cache.segment import DenseSegment, HeadKV, PagedSegment
 from steno.cache.tail import Tail
 from steno.cache.tokens import NewTokens
 from steno.errors import CacheError, IntegrityError
-from steno.kernels.attention import DenseSpan, Span, SpanTable, attend
+from steno.kernels.attention import Append, Span, SpanTable, attend
 from steno.kernels.attention.prefill import causal_attention
 from steno.types import PAGE_TOKENS, PageFormat
 
@@ -41,51 +43,60 @@ class PagedRows:
 
     def table(self) -> SpanTable:
         """The spans of every row and head, the tail last. Built anew only when segments or buffers changed."""
-        self._table.set_tail_lengths(self.tail.lengths)
+        if self._table.tail_lengths != self.tail.lengths:
+            self._table.set_tail_lengths(self.tail.lengths)
         return self._table
 
     def _build_table(self) -> SpanTable:
         rows: list[list[list[Span]]] = []
-        for b, row in enumerate(self.rows):
+        for row in self.rows:
             heads: list[list[Span]] = [[] for _ in range(self.num_kv_heads)]
             for segment in row.segments:
                 for head, span in zip(heads, segment.spans(), strict=True):
                     head.append(span)
-            for h, head in enumerate(heads):
-                head.append(DenseSpan(self.tail.keys[b, h], self.tail.values[b, h]))
             rows.append(heads)
-        return SpanTable.build(rows, head_dim=self.tail.keys.shape[3])
+        return SpanTable.build(rows, head_dim=self.tail.keys.shape[3], tail=(self.tail.keys, self.tail.values))
 
     def step(self, new: NewTokens, selector: PageSelector | None = None) -> tuple[Tensor, Tensor]:
         """Appends new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`."""
         self.flush()
-        if self.tail.append(new.k, new.v, new.counts):
-            self._table = self._build_table()
-        table = self.table()
+        table = self._table_with_room(new.num_new)
+        append: Append | None = (new.k, new.v, new.counts)
         if selector is not None and new.num_new == 1:
+            table.append(new.k, new.v, new.counts)
+            self.tail.lengths, append = list(table.tail_lengths), None
             table = self._select_pages(table, new.q, selector)
-        out, lse = attend(new.q, table, scale=new.scale, softcap=new.softcap)
+        out, lse = attend(new.q, table, append=append, scale=new.scale, softcap=new.softcap)
+        self.tail.lengths = list(table.tail_lengths)
         if new.num_new == 1:
             self.flush()  # tokens of a longer step may still be rolled back, so they wait for the next one
         return out, lse
 
-    def flush(self) -> None:
-        """Turns full residuals of the tail into pages (or a dense segment)."""
-        changed = False
-        for b, row in enumerate(self.rows):
-            count = self.tail.lengths[b] // self.residual * self.residual
-            if count:
-                keys, values = self.tail.take(b, count)
-                row.push(self._encode(list(zip(keys, values, strict=True))))
-                changed = True
-        if changed:
-            self.tail.shrink()
+    def _table_with_room(self, num_new: int) -> SpanTable:
+        if self.tail.reserve(num_new):
             self._table = self._build_table()
+        return self.table()
 
-    def _encode(self, heads: list[HeadKV]) -> DenseSegment | PagedSegment:
-        if self.fmt is None:
-            return DenseSegment.of(heads, summarize=self.summarize)
-        return PagedSegment.encode(heads, self.fmt, summarize=self.summarize)
+    def flush(self) -> None:
+        """Turns full residuals of the tail into pages (or dense segments), those of all rows at once."""
+        if max(self.tail.lengths) < self.residual:
+            return
+        counts = [n // self.residual * self.residual for n in self.tail.lengths]
+        for count in {*counts} - {0}:
+            rows = [b for b, n in enumerate(counts) if n == count]
+            for b, segment in zip(rows, self._encode(*self.tail.oldest(rows, count)), strict=True):
+                self.rows[b].push(segment)
+        self.tail.drop(counts)
+        self.tail.shrink()
+        self._table = self._build_table()
+
+    def _encode(self, keys: Tensor, values: Tensor) -> Sequence[DenseSegment | PagedSegment]:
+        """A segment for each row of keys and values `[R, Hkv, n, D]`."""
+        if self.fmt is not None:
+            return PagedSegment.encode_rows(keys, values, self.fmt, summarize=self.summarize)
+        # clones, as the tail goes on with its buffer
+        pairs = zip(keys.clone(), values.clone(), strict=True)
+        return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in pairs]
 
     def extend(self, new: NewTokens) -> Tensor:
         """Like `step` for many new tokens: held tokens are decoded once, row by row, and dense attention does the rest."""
@@ -94,8 +105,8 @@ class PagedRows:
         for b, count in enumerate(new.row_counts):
             if count:
                 new.scatter_(out, b, self._extend_row(b, new.row(b)))
-        if self.tail.append(new.k, new.v, new.counts):
-            self._table = self._build_table()
+        self._table_with_room(new.num_new).append(new.k, new.v, new.counts)
+        self.tail.lengths = list(self._table.tail_lengths)
         return out
 
     def _extend_row(self, b: int, new: NewTokens) -> Tensor:

@@ -159,14 +159,20 @@ class PagedSegment(Segment):
         )
 
     @classmethod
-    def uniform(cls, keys: Tensor, values: Tensor, fmt: PageFormat, *, summarize: bool = False) -> PagedSegment:
-        """From keys and values `[Hkv, n, D]`, n a multiple of 64, encoded from where they lie."""
-        num_heads, n = keys.shape[0], keys.shape[1] // PAGE_TOKENS
-        return cls(
-            pages=encode_pages(keys.unflatten(1, (n, PAGE_TOKENS)), values.unflatten(1, (n, PAGE_TOKENS)), fmt),
-            offsets=tuple(range(0, num_heads * n + 1, n)) if n else (0,) * (num_heads + 1),
-            page_bounds=tuple(page_summaries(k) for k in keys) if summarize else None,
-        )
+    def encode_rows(
+        cls, keys: Tensor, values: Tensor, fmt: PageFormat, *, summarize: bool = False
+    ) -> list[PagedSegment]:
+        """A segment for each row of keys and values `[R, Hkv, n, D]`, n a multiple of 64, encoded from where they lie."""
+        num_rows, num_heads, n = keys.shape[0], keys.shape[1], keys.shape[2] // PAGE_TOKENS
+        pages = encode_pages(keys.unflatten(2, (n, PAGE_TOKENS)), values.unflatten(2, (n, PAGE_TOKENS)), fmt)
+        return [
+            cls(
+                pages=pages[b * num_heads * n : (b + 1) * num_heads * n],
+                offsets=_offsets([n] * num_heads),
+                page_bounds=tuple(page_summaries(k) for k in keys[b]) if summarize else None,
+            )
+            for b in range(num_rows)
+        ]
 
     @property
     def lengths(self) -> tuple[int, ...]:

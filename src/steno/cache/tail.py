@@ -32,24 +32,9 @@ class Tail:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def append(self, k: Tensor, v: Tensor, counts: list[int] | None = None) -> bool:
-        """Appends T tokens, k and v `[B, Hkv, T, D]`; of row b only the last `counts[b]`. True if the buffer moved."""
-        num_new = k.shape[2]
-        moved = self._reserve(max(self.lengths) + num_new)
-        if counts is None and len(set(self.lengths)) == 1:
-            n = self.lengths[0]
-            self.keys[:, :, n : n + num_new] = k
-            self.values[:, :, n : n + num_new] = v
-            self.lengths = [n + num_new] * len(self.lengths)
-            return moved
-        for b, n in enumerate(self.lengths):
-            count = num_new if counts is None else counts[b]
-            self.keys[b, :, n : n + count] = k[b, :, num_new - count :]
-            self.values[b, :, n : n + count] = v[b, :, num_new - count :]
-            self.lengths[b] = n + count
-        return moved
-
-    def _reserve(self, needed: int) -> bool:
+    def reserve(self, num_new: int) -> bool:
+        """Makes room for so many more tokens in every row. True if the buffer moved."""
+        needed = max(self.lengths) + num_new
         if needed <= self.capacity:
             return False
         capacity = -(-needed // self.quantum) * self.quantum
@@ -67,15 +52,19 @@ class Tail:
         if wanted < self.capacity:
             self.keys, self.values = self.keys[:, :, :wanted].clone(), self.values[:, :, :wanted].clone()
 
-    def take(self, row: int, count: int) -> tuple[Tensor, Tensor]:
-        """Removes the oldest `count` tokens of a row and returns them, `[Hkv, count, D]` each."""
-        keys, values = self.keys[row, :, :count].clone(), self.values[row, :, :count].clone()
-        rest = self.lengths[row] - count
-        if rest:
-            self.keys[row, :, :rest] = self.keys[row, :, count : count + rest].clone()
-            self.values[row, :, :rest] = self.values[row, :, count : count + rest].clone()
-        self.lengths[row] = rest
-        return keys, values
+    def oldest(self, rows: list[int], count: int) -> tuple[Tensor, Tensor]:
+        """The oldest `count` tokens of some rows, `[R, Hkv, count, D]` each; of all rows, without a copy."""
+        keys, values = self.keys[:, :, :count], self.values[:, :, :count]
+        return (keys, values) if len(rows) == len(self.lengths) else (keys[rows], values[rows])
+
+    def drop(self, counts: list[int]) -> None:
+        """Removes the oldest `counts[b]` tokens of every row."""
+        for b, count in enumerate(counts):
+            rest = self.lengths[b] - count
+            if count and rest:
+                for x in (self.keys, self.values):
+                    x[b, :, :rest] = x[b, :, count : count + rest].clone()
+            self.lengths[b] = rest
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
         """Views `[Hkv, n, D]` of what a row holds."""

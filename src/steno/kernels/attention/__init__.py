@@ -4,9 +4,10 @@ from .dispatch import attend
 from .mass import attention_mass, attention_weights
 from .merge import merge_attention
 from .spans import DenseSpan, PageSpan, Span
-from .table import SpanTable
+from .table import Append, SpanTable
 
 __all__ = [
+    "Append",
     "DenseSpan",
     "PageSpan",
     "Span",

@@ -10,7 +10,7 @@ from torch import Tensor
 from steno.errors import BadArgument
 from steno.kernels.native import check_status, library, number_of_isa
 
-from .table import SpanTable
+from .table import Append, SpanTable
 
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +25,7 @@ class _Problem(ctypes.Structure):
         ("entries", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("num_queries", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
@@ -36,10 +37,24 @@ class _Problem(ctypes.Structure):
     ]
 
 
+class _NewTokens(ctypes.Structure):
+    """`struct NewTokens` of csrc/attend.h."""
+
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("key_strides", ctypes.c_int64 * 3),
+        ("value_strides", ctypes.c_int64 * 3),
+        ("number_bytes", ctypes.c_int64),
+    ]
+
+
 def attend(
     q: Tensor,
     table: SpanTable,
     *,
+    append: Append | None = None,
     scale: float,
     softcap: float | None = None,
     causal: bool = True,
@@ -54,6 +69,9 @@ def attend(
     out = torch.empty_like(queries)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     num_heads = table.num_rows * table.num_kv_heads
+    new, lengths, _alive = _NewTokens(), None, None
+    if append is not None:
+        lengths, _alive = _describe(append, table, new)
     problem = _Problem(
         q=queries.data_ptr(),
         out=out.data_ptr(),
@@ -61,6 +79,7 @@ def attend(
         entries=table.entries.data_ptr(),
         offsets=table.offsets.data_ptr(),
         num_heads=num_heads,
+        num_kv_heads=table.num_kv_heads,
         group=q.shape[0] * q.shape[1] // num_heads,
         num_queries=q.shape[2],
         head_dim=q.shape[3],
@@ -70,5 +89,27 @@ def attend(
         isa=isa_number,
         num_threads=num_threads or torch.get_num_threads(),
     )
-    check_status(library().steno_attend(ctypes.byref(problem)), isa)
+    check_status(library().steno_attend(ctypes.byref(problem), ctypes.byref(new)), isa)
+    if lengths is not None:
+        table.tail_lengths = lengths
+        table.version += 1
     return out.to(q.dtype), lse
+
+
+def _describe(append: Append, table: SpanTable, new: _NewTokens) -> tuple[list[int], Tensor | None]:
+    """Fills in `new`; returns the lengths of the tails afterwards, and what must stay alive until then."""
+    keys, values, counts = append
+    lengths = table.check_append(keys, counts)
+    assert table.tail is not None
+    dtype = table.tail[0].dtype
+    if values.shape != keys.shape or any(x.dtype != dtype or x.stride(3) != 1 for x in (keys, values)):
+        raise BadArgument(
+            f"new keys and values must be alike, {dtype}, with the numbers of a head side by side; got {keys.dtype} "
+            f"{[*keys.shape]} {keys.stride()}, {values.dtype} {[*values.shape]} {values.stride()}."
+        )
+    numbers = None if counts is None else torch.tensor(counts, dtype=torch.int64)
+    new.keys, new.values = keys.data_ptr(), values.data_ptr()
+    new.counts = None if numbers is None else numbers.data_ptr()
+    new.key_strides[:], new.value_strides[:] = keys.stride()[:3], values.stride()[:3]
+    new.number_bytes = dtype.itemsize
+    return lengths, numbers

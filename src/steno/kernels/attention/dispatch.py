@@ -12,7 +12,7 @@ from steno.kernels import native, triton_runtime
 
 from . import cpu, naive
 from .spans import DENSE_DTYPES
-from .table import SpanTable
+from .table import Append, SpanTable
 
 IMPLS = ("auto", "cpu", "triton", "naive")
 
@@ -21,6 +21,7 @@ def attend(
     q: Tensor,
     table: SpanTable,
     *,
+    append: Append | None = None,
     scale: float,
     softcap: float | None = None,
     causal: bool = True,
@@ -33,11 +34,12 @@ def attend(
     Parameters
     ----------
     q: `[B, H, T, D]`; query head h reads KV head h // G.
+    append: tokens to copy behind the tails first, as `SpanTable.append` does; natively in the same call.
     scale: factor on the logits; softcap: if given, logits become `softcap * tanh(logits / softcap)`.
     causal: the last span of each head ends with the T new tokens, and query t does not see its last T - 1 - t.
     impl: `auto` (native for CPU tensors where the library is there, Triton for CUDA tensors where it is installed, else
         naive), `cpu`, `triton` or `naive`.
-    isa: instruction set of the native kernel, `avx512`, `avx2` or `portable`; None: the best of this machine.
+    isa: instruction set of the native kernel, `vnni`, `avx512`, `avx2` or `portable`; None: the best of this machine.
     num_threads: threads of the native kernel; None: `torch.get_num_threads()`.
 
     Returns
@@ -53,6 +55,9 @@ def attend(
     _check(q, table, impl)
     if impl == "auto":
         impl = _choose(q, asked=isa is not None)
+    if append is not None and (impl != "cpu" or not _fits_natively(append, table)):
+        table.append(*append)
+        append = None
     if impl == "naive":
         return naive.attend(q, table, scale=scale, softcap=softcap, causal=causal)
     if impl == "triton":
@@ -60,7 +65,15 @@ def attend(
         from . import triton  # not before it is needed: Triton is optional, and slow to import
 
         return triton.attend(q, table, scale=scale, softcap=softcap, causal=causal)
-    return cpu.attend(q, table, scale=scale, softcap=softcap, causal=causal, isa=isa, num_threads=num_threads)
+    return cpu.attend(
+        q, table, append=append, scale=scale, softcap=softcap, causal=causal, isa=isa, num_threads=num_threads
+    )
+
+
+def _fits_natively(append: Append, table: SpanTable) -> bool:
+    """Whether the native kernel can copy these tokens as they are; torch converts others."""
+    keys, values, _ = append
+    return table.tail is not None and all(x.dtype == table.tail[0].dtype and x.stride(-1) == 1 for x in (keys, values))
 
 
 def _choose(q: Tensor, *, asked: bool) -> str:

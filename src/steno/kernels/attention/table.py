@@ -40,12 +40,18 @@ PAGED = 16
 """Added to the bits of a page format to tell it from the dense formats."""
 
 
+Append = tuple[Tensor, Tensor, list[int] | None]
+"""New keys and values `[B, Hkv, T, D]` for the tails; of row b the last `counts[b]` tokens, or, with None, all."""
+
+
 class SpanTable:
     """Spans of B rows with Hkv KV heads each, as Python objects and as raw addresses; keeps their tensors alive.
 
     rows: `rows[b][h]` is the list of spans of KV head h of row b.
     entries: `[n, len(Column)]` int64, one line per span, heads in order; offsets: `[B * Hkv + 1]` int32 into them.
     page_ids: entry → int32 page indices to read instead of the whole span.
+    tail: keys and values `[B, Hkv, capacity, D]`, the buffers of the last span of every head, which still grow, or None;
+    tail_lengths: how many tokens of each row count.
     version: how often the entries changed. plan: what a kernel on a device has made of this table, or None.
     """
 
@@ -55,14 +61,27 @@ class SpanTable:
         self.entries = entries
         self.offsets = offsets
         self.page_ids: dict[int, Tensor] = {}
+        self.tail: tuple[Tensor, Tensor] | None = None
+        self.tail_lengths: list[int] = []
         self.version = 0
         self.plan: Plan | None = None
         self._tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
         self._tail_capacities = [_tail_capacity(row) for row in rows]
 
     @classmethod
-    def build(cls, rows: list[list[list[Span]]], *, head_dim: int) -> SpanTable:
-        """The table of `rows[b][h]`, lists of spans, possibly empty; every row needs the same number of heads."""
+    def build(
+        cls, rows: list[list[list[Span]]], *, head_dim: int, tail: tuple[Tensor, Tensor] | None = None
+    ) -> SpanTable:
+        """The table of `rows[b][h]`, lists of spans, possibly empty; every row needs the same number of heads.
+
+        tail: keys and values `[B, Hkv, capacity, D]` to which `append` adds tokens, read behind the spans of each head;
+        none of them counts before `set_tail_lengths`.
+        """
+        if tail is not None:
+            rows = [
+                [[*spans, DenseSpan(tail[0][b, h], tail[1][b, h])] for h, spans in enumerate(row)]
+                for b, row in enumerate(rows)
+            ]
         if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
             raise BadArgument(f"every row needs the same number of KV heads; got {[len(row) for row in rows]}.")
         heads = [spans for row in rows for spans in row]
@@ -71,7 +90,11 @@ class SpanTable:
                 raise BadArgument(f"spans must have head_dim {head_dim}; got {span.head_dim}.")
         entries = torch.tensor([_entry(span) for spans in heads for span in spans], dtype=torch.int64)
         offsets = torch.tensor([0, *accumulate(len(spans) for spans in heads)], dtype=torch.int32)
-        return cls(rows, head_dim, entries.reshape(-1, len(Column)), offsets)
+        table = cls(rows, head_dim, entries.reshape(-1, len(Column)), offsets)
+        table.tail = tail
+        if tail is not None:
+            table.set_tail_lengths([0] * len(rows))
+        return table
 
     @property
     def num_rows(self) -> int:
@@ -90,7 +113,37 @@ class SpanTable:
                 raise BadArgument(f"a tail length must be between 0 and the dense tail's {capacity}; got {length}.")
         counts = torch.tensor(lengths, dtype=torch.int64).repeat_interleave(self.num_kv_heads)
         self.entries[:, Column.TOKENS].index_copy_(0, self._tail_entries, counts)
+        self.tail_lengths = list(lengths)
         self.version += 1
+
+    def append(self, keys: Tensor, values: Tensor, counts: list[int] | None = None) -> None:
+        """Mutates the table: copies new tokens `[B, Hkv, T, D]`, of row b the last `counts[b]`, behind those in the tail."""
+        lengths = self.check_append(keys, counts)
+        assert self.tail is not None
+        num_new = keys.shape[2]
+        for buffer, new in zip(self.tail, (keys, values), strict=True):
+            if counts is None and len(set(lengths)) == 1:
+                buffer[:, :, lengths[0] - num_new : lengths[0]] = new
+            else:
+                for b, (start, end) in enumerate(zip(self.tail_lengths, lengths, strict=True)):
+                    buffer[b, :, start:end] = new[b, :, num_new - (end - start) :]
+        self.set_tail_lengths(lengths)
+
+    def check_append(self, keys: Tensor, counts: list[int] | None) -> list[int]:
+        """The lengths of the tails with new tokens, keys `[B, Hkv, T, D]`; raises BadArgument if they do not fit."""
+        if self.tail is None:
+            raise BadArgument("this table has no tail to append to; give `SpanTable.build` one.")
+        rows, heads, capacity, dim = self.tail[0].shape
+        if keys.ndim != 4 or keys.shape[:2] != (rows, heads) or keys.shape[3] != dim:
+            raise BadArgument(f"new tokens must be [{rows}, {heads}, T, {dim}]; got {[*keys.shape]}.")
+        num_new = keys.shape[2]
+        added = [num_new] * rows if counts is None else counts
+        if len(added) != rows or not all(0 <= n <= num_new for n in added):
+            raise BadArgument(f"counts must be {rows} numbers from 0 to {num_new}; got {added}.")
+        lengths = [a + b for a, b in zip(self.tail_lengths, added, strict=True)]
+        if max(lengths) > capacity:
+            raise BadArgument(f"the tail holds {capacity} tokens; {max(lengths)} do not fit.")
+        return lengths
 
     def with_page_ids(self, page_ids: Mapping[int, Tensor] | Sequence[Tensor | None]) -> SpanTable:
         """A table that reads only some 64-token pages of some spans.
@@ -102,6 +155,7 @@ class SpanTable:
         pairs = page_ids.items() if isinstance(page_ids, Mapping) else enumerate(page_ids)
         chosen = {idx: ids for idx, ids in pairs if ids is not None}
         table = SpanTable(self.rows, self.head_dim, self.entries.clone(), self.offsets)
+        table.tail, table.tail_lengths = self.tail, self.tail_lengths
         for idx, ids in chosen.items():
             if not 0 <= idx < len(self.entries) or ids.dtype != torch.int32 or ids.ndim != 1 or not ids.is_contiguous():
                 raise BadArgument(f"page ids must be int32 [m], contiguous, of an existing entry; got {ids} for {idx}.")

@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
@@ -60,7 +60,6 @@ struct NewTokens {
     const uint8_t *keys;  // null: there are none
     const uint8_t *values;
     const int64_t *counts;  // [num_rows], real tokens of each row, its last ones; null: all num_queries
-    int64_t *lengths;       // [num_rows], tokens of the tails, brought up to date like the entries
     int64_t key_strides[3];  // row, head, token
     int64_t value_strides[3];
     int64_t number_bytes;

@@ -272,7 +272,6 @@ void append(const Problem &p, const NewTokens &tokens) {
             }
             tail.tokens += count;
         }
-        tokens.lengths[b] += count;
     }
 }
 
@@ -309,7 +308,7 @@ EXPORT int32_t steno_abi_version() { return kAbiVersion; }
 
 EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernels(isa) != nullptr; }
 
-// 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory. Nothing is appended then.
+// 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory. With 1 and 2 nothing was appended.
 EXPORT int32_t steno_attend(const Problem *problem, const NewTokens *tokens) try {
     const Problem &p = *problem;
     const Kernels *kernels = find_kernels(p.isa);
