@@ -73,6 +73,13 @@ def test_ask_json(arguments: list[str], recipe: str, capsys: pytest.CaptureFixtu
     assert 0 < result["kv_bytes"] <= result["kv_bytes_peak"]
 
 
+def test_ask_with_weights_in_fewer_bits(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--recipe", "full", "--weights", "int8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == "int8"
+    assert run([*arguments, "--recipe", "full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] is None
+
+
 def test_ask_prints_the_answer_and_a_table(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--recipe", "int8"]) == 0
     out = capsys.readouterr().out
@@ -120,6 +127,7 @@ def test_document_from_standard_input(arguments: list[str], capsys, monkeypatch:
         (["--max-new-tokens", "100"], "more than the 128 positions"),
         (["--temperature", "-1"], "`temperature` must be >= 0"),
         (["--dtype", "int3"], "dtype"),
+        (["--weights", "int3"], "`weights` must name a format"),
     ],
 )
 def test_bad_input_is_one_line_and_2(

@@ -32,6 +32,7 @@ from steno.models.folder_cache import Notify, default_cache_dir, print_notice
 from steno.models.gguf_file import gguf_folder
 from steno.models.identity import model_hash
 from steno.models.quiet import quiet_transformers
+from steno.models.weights import check_weights, shrink_weights
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "float32": torch.float32, "fp32": torch.float32,
@@ -59,7 +60,9 @@ class LoadedModel:
     max_positions: int | None
     """Longest sequence in tokens that the model was made for; None if its config does not say."""
     model_hash: str
-    """See `model_hash`."""
+    """See `model_hash`: of the checkpoint, whatever `weights` made of it."""
+    weights: str | None = None
+    """Format of the linear layers; None: as the model computes."""
 
 
 def load_model(
@@ -67,6 +70,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
+    weights: str | None = None,
     cache_dir: Path | None = None,
     notify: Notify = print_notice,
 ) -> LoadedModel:
@@ -81,6 +85,9 @@ def load_model(
         Of the weights and the computation; default: see `default_dtype`.
     device
         Default: `cuda` where there is one, else `cpu`.
+    weights
+        Format of the linear layers, for faster steps on x86 CPUs: `fp16`, `int8` or `int4`; default: as `dtype` says.
+        See `steno.models.weights`, and docs/performance.md for what each gains and loses.
     cache_dir
         Where converted models are kept; default: `default_cache_dir()`.
     notify
@@ -92,10 +99,11 @@ def load_model(
         The model cannot be found, downloaded or read. `ChecksumError`: a download is not the pinned file.
         `UnsupportedAttention`: steno cannot take over its attention.
     BadArgument
-        Unknown `dtype` or `device`.
+        Unknown `dtype`, `device` or `weights`, or `weights` on another device than an x86 CPU.
     """
     wanted = _parse_dtype(dtype)
     place = _parse_device(device)
+    check_weights(weights, place)
     location, name = _resolve(source, cache_dir or default_cache_dir(), notify)
     if isinstance(location, str):
         notify(f"looking for {name} in the Hugging Face cache and on the hub")
@@ -103,13 +111,17 @@ def load_model(
     check_hostable(model)
     model.requires_grad_(False).eval().to(place)
     text_config = model.config.get_text_config()
+    identity = model_hash(model)
+    if weights is not None:
+        shrink_weights(model, weights)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
         source=str(location),
         max_positions=getattr(text_config, "max_position_embeddings", None),
-        model_hash=model_hash(model),
+        model_hash=identity,
+        weights=weights,
     )
 
 
