@@ -17,9 +17,10 @@ from steno.decode.sampler import GREEDY, Sampling
 from steno.decode.text import with_text
 from steno.errors import PromptError, RecipeError
 from steno.methods import KVzip
+from steno.models.default import DEFAULT_MODEL
 from steno.models.host import NAME
 from steno.models.kvcache import KVCache
-from steno.models.load import DEFAULT_MODEL, LoadedModel, load_model
+from steno.models.load import LoadedModel, load_model
 from steno.pipeline import RecipePolicy
 from steno.prompt import Template
 from steno.recipe import Recipe, as_recipe, parse_recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steno.cli import ask
+from steno import session
 from steno.cli.main import run
 from steno.methods import METHODS
 from steno.version import VERSION
@@ -166,7 +166,7 @@ def test_interrupt_ends_cleanly(arguments: list[str], capsys, monkeypatch: pytes
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ask, "load", interrupt)
+    monkeypatch.setattr(session, "load", interrupt)
     assert run(arguments) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted; nothing was changed.")
 

@@ -11,18 +11,17 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from steno.cli.document import language_reference, read_document
-from steno.cli.show import megabytes, print_table, progress_bar
-from steno.decode.sampler import Sampling
 from steno.errors import BadArgument
-from steno.models.load import DEFAULT_MODEL
-from steno.recipe import parse_recipe
-from steno.session import Context, LanguageModel, load
+from steno.models.default import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steno.decode.sampler import Sampling
+    from steno.session import Context, LanguageModel
 
 DEFAULT_RECIPE = "kvzip | adakv | kivi(bits=4) @ 50%"
 
@@ -72,6 +71,10 @@ class Answer:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from steno.decode.sampler import Sampling
+    from steno.recipe import parse_recipe
+    from steno.session import load
+
     recipe = parse_recipe(arguments.recipe)  # a typing mistake is told before anything is loaded
     if arguments.max_new_tokens < 1:
         raise BadArgument(f"--max-new-tokens must be >= 1; got {arguments.max_new_tokens}.")
@@ -107,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _read_and_ask(
     lm: LanguageModel, document: str, recipe: str, arguments: argparse.Namespace, sampling: Sampling, *, stream: bool
 ) -> tuple[Context, Answer]:
+    from steno.cli.show import progress_bar
+
     with progress_bar() as progress:
         context = lm.read(document, recipe, reserve_tokens=arguments.max_new_tokens, progress=progress)
     if context.note:
@@ -164,7 +169,7 @@ def _comparison(answer: Answer, full: Answer, full_context: Context) -> dict[str
     kl = None
     if full.first_logprobs is not None and answer.first_logprobs is not None:
         p, q = full.first_logprobs.double(), answer.first_logprobs.double()
-        kl = float(torch.sum(p.exp() * (p - q)).clamp_min(0))
+        kl = float((p.exp() * (p - q)).sum().clamp_min(0))
     longest = max(len(answer.token_ids), len(full.token_ids))
     equal = sum(a == b for a, b in zip(answer.token_ids, full.token_ids, strict=False))
     return {
@@ -178,6 +183,8 @@ def _comparison(answer: Answer, full: Answer, full_context: Context) -> dict[str
 
 
 def _print_table(result: dict[str, Any]) -> None:
+    from steno.cli.show import megabytes, print_table
+
     ratio = result["kv_bytes_full"] / result["kv_bytes"]
     speed = result["decode_tok_per_s"]
     rows: list[tuple[str, ...]] = [

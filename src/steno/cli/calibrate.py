@@ -10,9 +10,7 @@ import argparse
 import sys
 
 from steno.cli.document import language_reference, read_document
-from steno.cli.show import progress_bar
-from steno.models.load import DEFAULT_MODEL
-from steno.session import load
+from steno.models.default import DEFAULT_MODEL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from steno.cli.show import progress_bar
+    from steno.session import load
+
     text = read_document(arguments.data) if arguments.data else None
     lm = load(arguments.model)
     what = arguments.data

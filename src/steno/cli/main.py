@@ -1,4 +1,7 @@
-"""The command `steno`: one parser, one place where errors become exit statuses."""
+"""The command `steno`: one parser, one place where errors become exit statuses.
+
+Commands import what they run with when they run: a help text or a version does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,11 @@ def _notice(message: Warning | str, *args: object) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    arguments = parser().parse_args(argv)
+    return run_command(parser().parse_args(argv))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Runs the command that was parsed and returns its exit status."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", StenoWarning)
         warnings.showwarning = _notice  # type: ignore[assignment]

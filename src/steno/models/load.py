@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from steno.errors import BadArgument, ModelError, UnknownModel, UnsupportedAttention, nearest
-from steno.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, embedded_folder
+from steno.models.default import DEFAULT_MODEL
+from steno.models.embedded import EMBEDDED_MODELS, embedded_folder
 from steno.models.folder_cache import Notify, default_cache_dir, print_notice
 from steno.models.gguf_file import gguf_folder
 from steno.models.identity import model_hash
