@@ -90,3 +90,15 @@ def test_bad_values_are_named(options: dict[str, Any]) -> None:
     [name] = options
     with pytest.raises(BadArgument, match=f"`{name}` must be"):
         Sampling(**options)
+
+
+def test_the_history_is_read_for_the_penalty_only() -> None:
+    class Unread(list[int]):
+        def __iter__(self):
+            raise AssertionError("the history was read")
+
+    history = Unread(HISTORY)
+    for options in ({}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1}):
+        assert 0 <= Sampling(**options, seed=1).sampler()(LOGITS, history) < VOCAB
+    with pytest.raises(AssertionError, match="was read"):
+        Sampling(repetition_penalty=1.2).sampler()(LOGITS, history)

@@ -80,8 +80,8 @@ class Sampling:
         def draw(logits: Tensor, history: Sequence[int]) -> int:
             scores = logits.float()[None]  # [1, V]
             if processors:
-                past = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
-                scores = processors(past, scores)
+                seen = history if self.repetition_penalty != 1.0 else ()  # no other filter looks at it
+                scores = processors(torch.tensor([[*seen]], dtype=torch.long, device=logits.device), scores)
             if self.temperature == 0:
                 return int(scores.argmax())
             return int(torch.multinomial(scores[0].softmax(-1).cpu(), 1, generator=generator))
