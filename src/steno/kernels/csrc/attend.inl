@@ -216,7 +216,7 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
         batch.entry = &e, batch.is_tail = span.is_tail, batch.count = 0;
         for (int64_t t = begin > 0 ? begin : 0; t < tiles && t < end; t++) {
             const int64_t page = e.num_page_ids >= 0 ? e.page_ids[t] : t;
-            const int64_t ahead = t + kBatch < tiles ? t + kBatch : t;
+            const int64_t ahead = t + 1 < tiles ? t + 1 : t;
             const int64_t next = e.num_page_ids >= 0 ? e.page_ids[ahead] : ahead;
             const int64_t visible = clamp_tokens(tokens - page * kPageTokens);
             if (visible > 0) {

@@ -96,11 +96,18 @@ inline I four_rows(const int8_t *p) {
     return _mm512_set1_epi32(bytes);
 }
 
+// Accumulators are of a type whose elements are the sums: arrays of I, whose elements are wider, would be kept in memory.
+typedef int32_t Sums __attribute__((vector_size(64)));
+inline void add_dots(Sums &sums, I codes, I coefficients) {
+    sums = reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<I>(sums), codes, coefficients));
+}
+inline F to_floats(Sums sums) { return _mm512_cvtepi32_ps(reinterpret_cast<I>(sums)); }
+
 // The N blocks from `block`; kShared: they are of one group.
 template <int kBits, bool kShared, int M, int N>
 inline void multiply_code_blocks(const Operand &a, int64_t block, const ByteCoefficients &c, const Target &t) {
-    I high[M][N], low[M][N];
-    unroll<M * N>([&](auto i) STENO_INLINE { high[i / N][i % N] = low[i / N][i % N] = _mm512_setzero_si512(); });
+    Sums high[M][N], low[M][N];
+    unroll<M * N>([&](auto i) STENO_INLINE { high[i / N][i % N] = low[i / N][i % N] = Sums{}; });
     const int64_t query_stride = a.groups * c.stride, step = a.blocks * kLineBytes;
     const int8_t *tops[N], *rests[N];  // where the coefficients of this group of rows lie, one for each block
     unroll<N>([&](auto n) STENO_INLINE {
@@ -109,7 +116,9 @@ inline void multiply_code_blocks(const Operand &a, int64_t block, const ByteCoef
     });
     const I mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
     const uint8_t *lines = a.codes + block * kLineBytes;
+    const int64_t next = a.next_codes;
     for (int64_t r = 0; r < a.rows; r += Codes<kBits>::kRows, lines += step) {
+        unroll<N>([&](auto n) STENO_INLINE { prefetch(lines + next + n * kLineBytes); });
         unroll<8 / kBits>([&](auto j) STENO_INLINE {
             I codes[N];
             unroll<N>([&](auto n) STENO_INLINE {
@@ -121,8 +130,8 @@ inline void multiply_code_blocks(const Operand &a, int64_t block, const ByteCoef
                 const int64_t row = m * query_stride + r + 4 * j;
                 const I top = four_rows(tops[0] + row), rest = four_rows(rests[0] + row);
                 unroll<N>([&](auto n) STENO_INLINE {
-                    high[m][n] = _mm512_dpbusd_epi32(high[m][n], codes[n], kShared ? top : four_rows(tops[n] + row));
-                    low[m][n] = _mm512_dpbusd_epi32(low[m][n], codes[n], kShared ? rest : four_rows(rests[n] + row));
+                    add_dots(high[m][n], codes[n], kShared ? top : four_rows(tops[n] + row));
+                    add_dots(low[m][n], codes[n], kShared ? rest : four_rows(rests[n] + row));
                 });
             });
         });
@@ -135,7 +144,7 @@ inline void multiply_code_blocks(const Operand &a, int64_t block, const ByteCoef
     });
     unroll<M>([&](auto m) STENO_INLINE {
         unroll<N>([&](auto n) STENO_INLINE {
-            const F sum = fma(_mm512_cvtepi32_ps(high[m][n]), set1(128.f), _mm512_cvtepi32_ps(low[m][n]));
+            const F sum = fma(to_floats(high[m][n]), set1(128.f), to_floats(low[m][n]));
             const F offset = add(load(start + n * kLanes), set1(biases[n][m * a.groups]));
             store(out + n * kLanes, fma(sum, set1(steps[n][m * a.groups]), offset));
         });
