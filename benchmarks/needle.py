@@ -14,7 +14,12 @@ import random
 import sys
 import time
 from datetime import date
+from pathlib import Path
 from pydoc_data.topics import topics
+
+HERE = Path(__file__).resolve().parent
+# transformers looks for a package `kernels` and must not find this folder's kernels.py
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
 
 import torch
 from rich.progress import track

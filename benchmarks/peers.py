@@ -16,26 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# as in the other scripts: nothing in this folder is to pass for an installed package
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
+
+from benchmarks.common import OtherLoad, Row, append_row, cpu_name, notice, quartiles, read_rows, today
+
 WORKERS = HERE / "peers"
 NAMES = ("steno", "transformers", "libllama", "llamacpp", "openvino", "vllm")
 REFERENCE = ("steno", "full")
 """The row whose tokens the others are compared with: nothing is dropped or rounded in it."""
-
-Row = dict[str, Any]
 
 
 class WorkerFailed(Exception):
@@ -80,29 +78,6 @@ class Peer:
         raise WorkerFailed("\n".join([f"exit status {done.returncode}", *lines[-8:]]))
 
 
-class OtherLoad:
-    """How many cores other processes than our workers keep busy, on average since this was made."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    def cores(self) -> float | None:
-        """None where the system does not tell."""
-        if self.start is None or (now := self._now()) is None:
-            return None
-        return (now[1] - self.start[1]) / (now[0] - self.start[0])
-
-    def _now(self) -> tuple[float, float] | None:
-        """Seconds of wall time, and of cores kept busy by others."""
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return None
-        user, nice, system, _idle, _wait, irq, softirq = map(int, stat.read_text().split()[1:8])
-        own = os.times()
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy - own.user - own.system - own.children_user - own.children_system
-
-
 def find_peers(names: Sequence[str], folder: Path) -> list[Peer]:
     pythons = {name: folder / name / "bin/python" for name in names} | {"steno": Path(sys.executable)}
     return [Peer(name=name, python=pythons[name], worker=WORKERS / f"run_{name}.py") for name in names]
@@ -141,7 +116,7 @@ def summarize(row: Row, reference: Sequence[Sequence[int]] | None) -> Row:
     timeline = row.pop("timeline", None)
     if timeline is None:
         return row
-    low, median, high = statistics.quantiles(timeline["step_s"], n=4)
+    low, median, high = quartiles(timeline["step_s"])
     row |= {"median_s": median, "spread_s": (high - low) / 2, **timeline}
     if reference is not None:
         pairs = [pair for ours, theirs in zip(reference, row["tokens"]) for pair in zip(ours, theirs)]  # noqa: B905
@@ -175,27 +150,11 @@ def print_table(rows: Iterable[Row]) -> None:
         )
 
 
-def notice(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def prepare(folder: Path, rows: int, tokens: int) -> Row:
     """Model files and prompts, by a process of their own that needs Steno's environment."""
     command = [sys.executable, str(WORKERS / "prepare.py"), str(folder / "models")]
     command += ["--rows", str(rows), "--tokens", str(tokens)]
     return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
-
-
-def read_rows(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
 
 
 def main() -> int:
@@ -221,7 +180,7 @@ def main() -> int:
     prepared = prepare(arguments.peers.resolve(), arguments.rows, arguments.tokens)
     request = prepared | {"steps": arguments.steps, "threads": arguments.threads}
     shape = {"rows": arguments.rows, "prompt_tokens": arguments.tokens, "steps": arguments.steps}
-    machine = {"cpu": cpu_name(), "threads": arguments.threads, "date": str(date.today())}
+    machine = {"cpu": cpu_name(), "threads": arguments.threads, "date": today()}
     reference = reference_tokens(read_rows(arguments.json), shape)
     rows: list[Row] = []
     peers = find_peers([name for name in NAMES if name in (arguments.only or NAMES)], arguments.peers.resolve())
@@ -231,9 +190,7 @@ def main() -> int:
             if (row["peer"], row["configuration"]) == REFERENCE and "timeline" in row:
                 reference = row["timeline"]["tokens"]
             rows.append(machine | shape | summarize(row, reference))
-            if arguments.json:
-                with arguments.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            append_row(arguments.json, rows[-1])
     except KeyboardInterrupt:
         interrupted = True
         notice("interrupted; what was measured:")

@@ -22,6 +22,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+# transformers looks for a package `kernels` and must not find this folder's kernels.py
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
+
 import torch
 from transformers import DynamicCache
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+# transformers looks for a package `kernels` and must not find this folder's kernels.py
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
+
 import torch
+from benchmarks.common import cpu_name, prompts
 
 import steno
-from decode import cpu_name, prompts
 
 WINDOW = 512
 
@@ -65,12 +70,12 @@ def main() -> None:
     full = None
     for name in (None, *arguments.weights):
         lm = steno.load(arguments.model, weights=name)
-        windows = prompts(lm, arguments.text_tokens // WINDOW, WINDOW)
+        windows = torch.tensor(prompts(lm.tokenize, arguments.text_tokens // WINDOW, WINDOW))
         found = distributions(lm, windows)
         full = found if full is None else full
         result: dict[str, Any] = {"weights": name or "as computed", **compare(full, found, windows)}
         for rows in arguments.rows:
-            ids = prompts(lm, rows, arguments.tokens)
+            ids = torch.tensor(prompts(lm.tokenize, rows, arguments.tokens))
             result |= {f"{key}_{rows}": x for key, x in step_times(lm, ids, arguments.recipe, arguments.steps).items()}
         results.append(result)
         times = "  ".join(f"B={b} {result[f'step_s_{b}'] * 1e3:6.1f} ms" for b in arguments.rows)
