@@ -1,198 +1,234 @@
-"""Decoding from shorthand against dense memory, in one process: the attention alone, and whole steps of generate().
+"""Whole decode steps of `generate()`: tokens per second and KV bytes over batch and context, recipes against DynamicCache.
 
-1. Decode attention over 8 rows x 4,096 tokens (Hkv 3, G 3, D 64), one thread: pages against PyTorch's SDPA over the
-   same tokens in bfloat16, in its fastest form. Contenders take turns; medians of the repeats.
-2. `model.generate` on a batch of 8 prompts of 4,096 tokens: the seconds of one decode step with `int4 @ 100%` against
-   transformers' DynamicCache, same model, dtype and threads. Medians of the steps after the first.
+A contender reads each prompt once, as one row; every batch is that row copied, each copy in memory of its own (checked on
+the storages), so a step reads as many bytes as rows that were read apart. Rows are appended to --json as they finish; with
+--resume, those that are there from the same machine are not measured again. A batch that would not fit in the free memory
+is a row with `skipped`. Times are of one step of the whole batch, after 4 steps that are not counted; `others_load` is how
+many cores other processes kept busy meanwhile: where it is not near 0, the times say little.
+
+Contenders are recipes, run in float32, and transformers' own caches with SDPA: `DynamicCache float32`,
+`DynamicCache bfloat16` and, at 8 x 4,096 alone and where optimum-quanto is installed, `QuantizedCache float32`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
+import copy
+import sys
 import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+# transformers looks for a package `kernels` and must not find this folder's kernels.py
+sys.path[:] = [str(HERE.parent), str(HERE / "peers"), *(p for p in sys.path if Path(p).resolve() != HERE)]
+
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from benchmarks.common import (
+    OtherLoad,
+    Row,
+    append_row,
+    cpu_name,
+    free_bytes,
+    latest,
+    notice,
+    prompts,
+    quartiles,
+    read_rows,
+    today,
+)
+from generate_steps import generate
+from peer_protocol import Request
+from run_steno import replay
+from run_transformers import held_bytes, quantized
+from transformers import DynamicCache
+from transformers.utils import is_optimum_quanto_available
 
 import steno
-from steno.kernels.attention import DenseSpan, PageSpan, SpanTable, attend
-from steno.kernels.quant import encode_pages
-from steno.types import PAGE_TOKENS, PageFormat
+from steno.types import Need
+
+HOSTS = ("DynamicCache bfloat16", "DynamicCache float32", "QuantizedCache float32")
+RECIPES = (
+    "full",
+    "int4 @ 100%",
+    "snapkv | adakv | kivi(bits=4) @ 50%",
+    "kvzip | adakv | kivi(bits=4) @ 50%",
+    "snapkv | adakv | kivi(bits=4) @ 25%",
+)
+QUANTIZED_SHAPE = (8, 4096)
+REPLAY_ROOM = 512
+"""Positions that stay free for a recipe that replays its context behind itself."""
+KEY = ("contender", "batch", "context", "model", "cpu", "threads")
+"""What makes two rows the same measurement."""
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+class Skipped(Exception):
+    """This shape is not measured here; the message says why."""
 
 
-def medians(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median and half the spread between the quartiles, seconds; one turn each per repeat."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(repeats):
-        for name, run in contenders.items():
+class Models:
+    """The model in the dtypes asked for, each loaded when it is first needed, the one before let go."""
+
+    def __init__(self, source: str) -> None:
+        self.load = lru_cache(maxsize=1)(lambda dtype: steno.load(source, dtype=dtype))
+
+    def of(self, contender: str) -> steno.LanguageModel:
+        lm = self.load("bfloat16" if contender == "DynamicCache bfloat16" else "float32")
+        lm.model.set_attn_implementation("sdpa" if contender in HOSTS else "steno")
+        return lm
+
+
+def prompt(lm: steno.LanguageModel, contender: str, context: int, new_tokens: int) -> torch.Tensor:
+    """Token ids `[1, S]` of the language reference: `context` of them, or as many as leave room for what follows."""
+    room = lm.loaded.max_positions - new_tokens if lm.loaded.max_positions else context
+    if contender not in HOSTS and Need.REPLAY in steno.parse_recipe(contender).needs:
+        room -= REPLAY_ROOM
+    return torch.tensor(prompts(lm.tokenize, 1, min(context, room)))
+
+
+def read(lm: steno.LanguageModel, contender: str, ids: torch.Tensor) -> Any:
+    """A cache of one row that has read all of `ids` but the last token."""
+    if contender in HOSTS:
+        cache: Any = DynamicCache(config=lm.model.config)
+    else:
+        cache = steno.KVCache(lm.model.config, contender)
+        if Need.REPLAY in cache.recipe.needs:
+            replay(lm, cache, ids)
+            return cache
+    with torch.inference_mode():
+        lm.model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def repeated(contender: str, single: Any, config: Any, batch: int) -> Any:
+    """A cache of `batch` rows like that of `single`, which stays as it is; no two rows share memory."""
+    if isinstance(single, steno.KVCache):
+        cache: Any = single.fork()
+        cache.batch_repeat_interleave(batch)
+        for layer in cache.own_layers:
+            layer.content.rows = [copy.deepcopy(row) for row in layer.content.rows]
+            layer.content = layer.content.select(list(range(batch)))  # a table of the copies
+    elif contender.startswith("QuantizedCache"):
+        return quantized(copy.deepcopy(single), config, "quanto", batch)
+    else:
+        cache = copy.deepcopy(single)
+        cache.batch_repeat_interleave(batch)
+    held, expected = kv_bytes(cache), batch * kv_bytes(single)
+    if held < 0.99 * expected:
+        raise RuntimeError(f"{batch} rows of {contender!r} must hold about {expected} bytes; they hold {held}.")
+    return cache
+
+
+def kv_bytes(cache: Any) -> int:
+    return int(cache.kv_bytes) if isinstance(cache, steno.KVCache) else held_bytes(cache)
+
+
+def measure(
+    lm: steno.LanguageModel, contender: str, single: Any, ids: torch.Tensor, batch: int, request: Request
+) -> Row:
+    """The steps of one shape."""
+    growing = 1.2  # while a layer of DynamicCache grows, it is there twice
+    needed = int(growing * batch * kv_bytes(single))
+    available = free_bytes()
+    if available is not None and needed > available:
+        raise Skipped(f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free")
+    cache = repeated(contender, single, lm.model.config, batch)
+    others = OtherLoad()
+    timeline = generate(lm.model, cache, ids.repeat(batch, 1), request)
+    low, median, high = quartiles(timeline.step_s)
+    return {
+        "tokens": ids.shape[1], "steps": len(timeline.step_s), "median_s": median, "low_s": low, "high_s": high,
+        "tokens_per_s": batch / median, "kv_bytes": kv_bytes(cache), "others_load": others.cores(),
+    }  # fmt: skip
+
+
+def bench(models: Models, args: argparse.Namespace, done: set[tuple[Any, ...]], machine: Row) -> Iterator[Row]:
+    request = Request(
+        configuration="", prompts=[], steps=args.steps, threads=args.threads, hf_folder="", gguf_folder=""
+    )
+    for contender in args.contender:
+        for context in args.context:
+            batches = []
+            for batch in args.batch:
+                row = machine | {"contender": contender, "batch": batch, "context": context}
+                wanted = contender != "QuantizedCache float32" or (batch, context) == QUANTIZED_SHAPE
+                if wanted and tuple(row[field] for field in KEY) not in done:
+                    batches.append((batch, row))
+            if not batches:
+                continue
+            notice(f"{contender}, {context:,} tokens: reading")
+            lm = models.of(contender)
+            ids = prompt(lm, contender, context, request.decode_tokens)
             started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return {name: (statistics.median(x), _half_spread(x)) for name, x in times.items()}
+            single = read(lm, contender, ids)
+            read_s = time.perf_counter() - started
+            for batch, row in batches:
+                try:
+                    yield row | {"read_s": read_s} | measure(lm, contender, single, ids, batch, request)
+                except Skipped as skipped:
+                    yield row | {"skipped": str(skipped)}
 
 
-def _half_spread(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2
-
-
-def attention_contenders(rows: int, tokens: int, heads: int, group: int, dim: int) -> dict[str, Callable[[], object]]:
-    """Decode attention of one query per row and head, over the same tokens in every format."""
-    torch.manual_seed(0)
-    keys, values = (torch.randn(rows, heads, tokens, dim) for _ in range(2))
-    query = torch.randn(rows, heads * group, 1, dim)
-    scale = dim**-0.5
-    k16, v16, q16 = keys.bfloat16(), values.bfloat16(), query.bfloat16()
-    grouped = q16.view(rows, heads, group, dim)  # one query per head: the group can stand in for query tokens
-    repeated = [x.repeat_interleave(group, dim=1) for x in (k16, v16)]
-    contenders: dict[str, Callable[[], object]] = {
-        "SDPA bf16, enable_gqa": lambda: F.scaled_dot_product_attention(q16, k16, v16, scale=scale, enable_gqa=True),
-        "SDPA bf16, group as tokens": lambda: F.scaled_dot_product_attention(grouped, k16, v16, scale=scale),
-        "SDPA bf16, heads repeated": lambda: F.scaled_dot_product_attention(q16, *repeated, scale=scale),
-        "SDPA fp32, enable_gqa": lambda: F.scaled_dot_product_attention(
-            query, keys, values, scale=scale, enable_gqa=True
-        ),
-    }
-    empty = torch.empty(0, dim)
-    dense = [[[DenseSpan(k16[b, h], v16[b, h])] for h in range(heads)] for b in range(rows)]
-    tables = {"steno bf16": SpanTable.build(dense, head_dim=dim)}
-    for bits in (8, 4, 2):
-        spans = []
-        for b in range(rows):
-            pages = [
-                encode_pages(
-                    keys[b, h].view(-1, PAGE_TOKENS, dim),
-                    values[b, h].view(-1, PAGE_TOKENS, dim),
-                    PageFormat(bits=bits),
-                )
-                for h in range(heads)
-            ]
-            spans.append([[PageSpan(p), DenseSpan(empty, empty)] for p in pages])
-        tables[f"steno int{bits}"] = SpanTable.build(spans, head_dim=dim)
-    for name, table in tables.items():
-        contenders[name] = lambda table=table: attend(query, table, scale=scale, impl="cpu", num_threads=1)
-    return contenders
-
-
-class Stopwatch(LogitsProcessor):
-    """Notes the time of each step of generate()."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return scores
-
-
-def generate_steps(
-    lm: steno.LanguageModel, cache: Any, ids: torch.Tensor, steps: int
-) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each decode step of generate(), and the tokens."""
-    watch = Stopwatch()
-    out = lm.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=steps + 1,
-        min_new_tokens=steps + 1,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([watch]),
-        pad_token_id=0,
-    )
-    return [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)], out[:, ids.shape[1] :]
-
-
-def prompts(lm: steno.LanguageModel, rows: int, tokens: int) -> torch.Tensor:
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = lm.tokenize(text[: 8 * rows * tokens])
-    return torch.tensor(ids[: rows * tokens]).view(rows, tokens)
-
-
-def bench_attention(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    shape = (arguments.rows, arguments.tokens, 3, 3, 64)
-    results = medians(attention_contenders(*shape), arguments.repeats)
-    torch.set_num_threads(threads)
-    base = min(median for name, (median, _) in results.items() if name.startswith("SDPA bf16"))
+def print_row(row: Row) -> None:
+    name = f"{row['contender']:38} {row['batch']:3} x {row.get('tokens', row['context']):5,}"
+    if "skipped" in row:
+        print(f"{name}   {row['skipped']}", flush=True)
+        return
+    spread = f"[{row['low_s'] * 1e3:.1f}, {row['high_s'] * 1e3:.1f}]"
+    others = "" if row["others_load"] is None else f"   others {row['others_load']:.2f}"
     print(
-        f"\ndecode attention, {shape[0]} rows x {shape[1]} tokens, Hkv 3, G 3, D 64, one thread, "
-        f"median of {arguments.repeats}; times against the fastest form of SDPA bf16"
+        f"{name} {row['median_s'] * 1e3:9.1f} ms a step {spread:>18} {row['tokens_per_s']:8.1f} tokens/s "
+        f"{row['kv_bytes'] / 1e6:9.1f} MB{others}",
+        flush=True,
     )
-    rows = []
-    for name, (median, spread) in results.items():
-        print(f"  {name:28} {median * 1e3:8.2f} ms ± {spread * 1e3:5.2f}   {base / median:6.2f} times")
-        rows.append(
-            {"what": "attention", "name": name, "median_s": median, "spread_s": spread, "speedup": base / median}
-        )
-    return rows
 
 
-def bench_generate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    lm = steno.load(arguments.model)
-    ids = prompts(lm, arguments.rows, arguments.tokens)
-    print(f"\ngenerate(), batch {arguments.rows} x {arguments.tokens} tokens, {lm.name} {lm.model.dtype}, "
-          f"{torch.get_num_threads()} threads, median of {arguments.steps - 1} steps")  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for name in ("DynamicCache (sdpa)", *arguments.recipe):
-        ours = name != "DynamicCache (sdpa)"
-        lm.model.set_attn_implementation("steno" if ours else "sdpa")
-        cache: Any = steno.KVCache(lm.model.config, name) if ours else DynamicCache(config=lm.model.config)
-        times, _ = generate_steps(lm, cache, ids, arguments.steps)
-        median, spread = statistics.median(times[1:]), _half_spread(times[1:])
-        held = cache.kv_bytes if ours else sum(2 * layer.keys.nbytes for layer in cache.layers)
-        base = rows[0]["median_s"] if rows else median
-        print(
-            f"  {name:28} {median * 1e3:8.1f} ms ± {spread * 1e3:5.1f}   {base / median:6.2f} times   "
-            f"{held / 1e6:9.1f} MB held"
-        )
-        rows.append({"what": "generate", "name": name, "median_s": median, "spread_s": spread, "speedup": base / median,
-                     "kv_bytes": held})  # fmt: skip
-        del cache
-    return rows
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--recipe", action="append", help=f"repeatable; default: {'; '.join(RECIPES)}".replace("%", "%%")
+    )
+    parser.add_argument("--host", action="append", choices=HOSTS, help="repeatable; default: all")
+    parser.add_argument("--no-host", action="store_true", help="recipes alone")
+    parser.add_argument("--batch", action="append", type=int, help="repeatable; default: 1, 4, 8 and 16")
+    parser.add_argument("--context", action="append", type=int, help="repeatable; default: 1024, 2048, 4096 and 8192")
+    parser.add_argument("--steps", type=int, default=9, help="decode steps to count, after 4 that are not; default 9")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSON lines")
+    parser.add_argument("--resume", action="store_true", help="leave out what --json holds from this machine")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw all rows of --json; needs matplotlib")
+    args = parser.parse_args()
+    if args.steps < 2 or ((args.resume or args.picture) and not args.json):
+        parser.error("--steps must be >= 2; --resume and --picture need --json")
+    hosts = [] if args.no_host else args.host or list(HOSTS)
+    if HOSTS[2] in hosts and not is_optimum_quanto_available():
+        notice(f"{HOSTS[2]}: optimum-quanto is not installed, left out")
+        hosts.remove(HOSTS[2])
+    args.contender = [*hosts, *(args.recipe or RECIPES)]
+    args.batch = args.batch or [1, 4, 8, 16]
+    args.context = args.context or [1024, 2048, 4096, 8192]
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=15, help="of the attention")
-    parser.add_argument("--steps", type=int, default=9, help="of generate()")
-    parser.add_argument("--recipe", action="append", help="repeatable; default: int4 @ 100%%")
-    parser.add_argument("--only", choices=["attention", "generate"])
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines")
-    arguments = parser.parse_args()
-    arguments.recipe = arguments.recipe or ["int4 @ 100%"]
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")
-    rows = []
-    if arguments.only != "generate":
-        rows += bench_attention(arguments)
-    if arguments.only != "attention":
-        rows += bench_generate(arguments)
-    if arguments.json:
-        common = {"cpu": cpu_name(), "date": str(date.today()), "rows": arguments.rows, "tokens": arguments.tokens}
-        Path(arguments.json).write_text("".join(json.dumps(common | row) + "\n" for row in rows), encoding="utf-8")
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    machine = {"cpu": cpu_name(), "threads": args.threads, "date": today(), "torch": torch.__version__,
+               "steno": steno.__version__, "model": args.model}  # fmt: skip
+    print(f"{machine['cpu']}, {args.threads} thread(s), {machine['date']}, torch {torch.__version__}, {args.model}; "
+          f"medians of {args.steps} steps")  # fmt: skip
+    finished = [row for row in read_rows(args.json) if "median_s" in row] if args.resume else []
+    done = {tuple(row[field] for field in KEY) for row in latest(finished, KEY)}
+    for row in bench(Models(args.model), args, done, machine):
+        print_row(row)
+        append_row(args.json, row)
+    if args.picture:
+        from benchmarks.pictures import draw_decode
+
+        draw_decode(read_rows(args.json), args.picture)
 
 
 if __name__ == "__main__":
