@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/steno/kernels/csrc/*)
 
-.PHONY: demo test slow lint model bench peers peers-bench clean
+RESULTS := benchmarks/results
+FIGURES := docs/figures
+
+.PHONY: demo test slow lint model bench-speed peers peers-bench clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -26,8 +29,14 @@ lint: $(VENV)/.installed-dev
 model: $(VENV)/.installed
 	@$(BIN)/python -c "import steno; steno.load()"
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/decode.py
+# hours on two cores; decode goes on where it was interrupted; peers only where `make peers` was run before
+bench-speed: model $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/kernels.py --json $(RESULTS)/kernels-cpu.jsonl
+	$(BIN)/python benchmarks/decode.py --json $(RESULTS)/decode-cpu.jsonl --resume
+	$(BIN)/python benchmarks/prefill.py --json $(RESULTS)/prefill-cpu.jsonl
+	$(BIN)/python benchmarks/prefill.py --json $(RESULTS)/prefill-cpu.jsonl --draw $(FIGURES)/prefill.svg
+	if test -d .peers; then $(BIN)/python benchmarks/peers.py --json $(RESULTS)/peers-cpu.jsonl; fi
+	$(BIN)/python benchmarks/report.py
 
 # other engines, each in its own environment under .peers (about 6 GB); docs/peers.md
 peers: $(VENV)/.installed
@@ -52,6 +61,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NAT
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest hypothesis ruff mypy \
 		"triton; platform_system == 'Linux'"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
 	touch $@
 
 clean:
