@@ -5,11 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/steno/kernels/csrc/*)
+SANITIZED := build/sanitized
+# true where the compiler is gcc and has its runtimes of the sanitizers
+HAS_SANITIZERS = for name in asan ubsan; do test -e "$$($(CXX) -print-file-name=lib$$name.so 2>/dev/null)" || exit 1; done
 
 RESULTS := benchmarks/results
 FIGURES := docs/figures
 
-.PHONY: demo test slow lint model bench-speed peers peers-bench clean
+.PHONY: demo test test-native slow lint model bench-speed peers peers-bench clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -17,6 +20,14 @@ demo: model
 
 test: lint model
 	$(BIN)/python -m pytest
+	@if ($(HAS_SANITIZERS)); then $(MAKE) --no-print-directory test-native; \
+	else echo "notice: no gcc with sanitizers here; the native kernels are not tested under them."; fi
+
+# the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end
+test-native: $(SANITIZED)/.built
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
+		$(BIN)/python -m pytest tests/kernels -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
 
 slow: model
 	$(BIN)/python -m pytest -m slow
@@ -65,6 +76,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
+	touch $@
+
+$(SANITIZED)/.built: $(VENV)/.installed-dev setup.py $(NATIVE)
+	CC=$(CXX) CXX=$(CXX) $(BIN)/python setup.py -q build_ext --sanitize --force \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -14,9 +15,20 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibi
 # gcc warns about its own intrinsics
 FLAGS += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Python's own flags have -fwrapv, which makes an overflow of signed numbers defined, and so nothing to report
+SANITIZED = [*SANITIZERS, "-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv"]
+
 
 class BuildNative(build_ext):
-    """Adds the flags, with OpenMP if the compiler has it."""
+    """Adds the flags, with OpenMP if the compiler has it; `--sanitize` builds for `make test-native`."""
+
+    user_options: ClassVar = [*build_ext.user_options, ("sanitize", None, "stop at bad addresses, undefined behaviour")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
 
     def build_extension(self, ext: Extension) -> None:
         openmp = ["-fopenmp"] if self.compiles_openmp() else []
@@ -25,6 +37,10 @@ class BuildNative(build_ext):
         ext.extra_compile_args = FLAGS + openmp
         # symbol tables would be most of the library
         ext.extra_link_args = [*openmp, "-Wl,-s"] if sys.platform == "linux" else openmp
+        if self.sanitize:
+            ext.optional = False
+            ext.extra_compile_args += SANITIZED
+            ext.extra_link_args = openmp + SANITIZERS
         super().build_extension(ext)
 
     def compiles_openmp(self) -> bool:

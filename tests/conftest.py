@@ -20,6 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from steno.kernels import native
 from steno.models.embedded import EmbeddedModel
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
@@ -28,6 +29,20 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("Ġ", "1"), ("Ġ", "Ġ"), ("h", "e")]
 TOKENS = SPECIALS + BYTES + ["".join(pair) for pair in MERGES]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitized-library",
+        type=Path,
+        metavar="DIR",
+        help="test the native library in DIR, built by `make test-native`",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--sanitized-library"):
+        native.LIBRARY_DIR = folder.resolve()  # before the tests are collected: they ask for its instruction sets
 
 
 @pytest.fixture(scope="session")
