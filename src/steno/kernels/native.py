@@ -38,9 +38,9 @@ def library() -> ctypes.CDLL:
 
 
 def number_of_isa(isa: str | None) -> int:
-    """The native number of an instruction set; None: the best that this machine and this build can run."""
+    """The native number of an instruction set; None: -1, the best that this machine and this build can run."""
     if isa is None:
-        return max(i for i in range(len(ISAS)) if library().steno_has_isa(i))
+        return -1
     if isa not in ISAS:
         raise BadArgument(f"unknown isa {isa!r}; {nearest(isa, ISAS)}")
     return ISAS.index(isa)

@@ -82,5 +82,5 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
 
-// Null where the machine or the build lacks the instruction set.
+// -1: the best that is there. Null where the machine or the build lacks the instruction set.
 const Kernels *find_kernels(int32_t isa);

@@ -275,6 +275,24 @@ void append(const Problem &p, const NewTokens &tokens) {
     }
 }
 
+// Memory that the calling thread keeps from call to call: fresh memory would cost a page fault every 4 kB, in every layer
+// of every step. Never more than the largest call needed.
+float *scratch_memory(int64_t count) {
+    struct Free {
+        void operator()(float *p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<float, Free> memory;
+    thread_local int64_t size = 0;
+    if (size < count) {
+        memory.reset();
+        size = 0;
+        memory.reset(static_cast<float *>(std::aligned_alloc(64, sizeof(float) * count)));
+        if (!memory) throw std::bad_alloc();
+        size = count;
+    }
+    return memory.get();
+}
+
 bool page_ids_fit(const Problem &p) {
     for (int32_t e = 0; e < p.offsets[p.num_heads]; e++) {
         const int64_t pages = ceil_div(p.entries[e].tokens, kPageTokens);
@@ -287,13 +305,21 @@ bool page_ids_fit(const Problem &p) {
 }  // namespace
 
 const Kernels *find_kernels(int32_t isa) {
+    if (isa == -1) {
+        static const Kernels *const best = [] {
+            const Kernels *found = nullptr;
+            for (int32_t i = 3; !found; i--) found = find_kernels(i);
+            return found;
+        }();
+        return best;
+    }
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (isa == 1) return avx2 && kAvx2Kernels.attend ? &kAvx2Kernels : nullptr;
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (isa == 1) return avx2 && kAvx2Kernels.attend ? &kAvx2Kernels : nullptr;
     if (isa == 2) return avx512 && kAvx512Kernels.attend ? &kAvx512Kernels : nullptr;
     if (isa == 3) return vnni && kVnniKernels.attend ? &kVnniKernels : nullptr;
 #endif
@@ -320,12 +346,10 @@ EXPORT int32_t steno_attend(const Problem *problem, const NewTokens *tokens) try
     const int threads = threads_for(p, total / (kTileCost + kMaxDirect));
     Arena sizes{nullptr};
     Worker(sizes, p, vectors);
-    const std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float *>(std::aligned_alloc(64, sizeof(float) * sizes.used * threads)), std::free);
-    if (!memory) return 3;
+    float *const memory = scratch_memory(sizes.used * threads);
     Job job{split, kernels->attend, {}, std::vector<float>(split.shared_vectors * (p.head_dim + 1))};
     for (int i = 0; i < threads; i++) {
-        Arena arena{memory.get() + sizes.used * i};
+        Arena arena{memory + sizes.used * i};
         job.workers.emplace_back(arena, p, vectors);
     }
     job.answer_empty();
