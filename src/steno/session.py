@@ -13,7 +13,7 @@ import torch
 
 from steno.calibration import save_calibration
 from steno.decode.loop import Step, decode_steps
-from steno.decode.sampler import GREEDY, Sampling
+from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
 from steno.decode.text import with_text
 from steno.errors import PromptError, RecipeError
 from steno.methods import KVzip
@@ -92,11 +92,22 @@ class LanguageModel:
         prefix = self.tokenize(self.template.before)
         return prefix + self.tokenize(document, literal=True), len(prefix)
 
+    def question_tokens(self, question: str) -> list[int]:
+        """Tokens from the end of the document to the end of a question about it."""
+        if not question.strip():
+            raise PromptError("the question is empty.")
+        return self.tokenize(self.template.between) + self.tokenize(question, literal=True)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def read(
         self,
         text: str,
         recipe: Recipe | str | None = None,
         *,
+        question: str | None = None,
         reserve_tokens: int = 0,
         progress: Progress | None = None,
     ) -> Context:
@@ -108,6 +119,8 @@ class LanguageModel:
             The document; questions about it come later, and compression does not see them.
         recipe : Recipe, str or None
             E.g. `"kvzip | adakv | kivi(bits=4) @ 40%"`; None keeps everything.
+        question : str or None
+            A question that is read with the document, so that compression sees it; `ask(None)` answers it.
         reserve_tokens : int
             Positions to leave free for questions and answers.
         progress : callable or None
@@ -116,7 +129,7 @@ class LanguageModel:
         Raises
         ------
         PromptError
-            If the document is empty or longer than the model's positions.
+            If the document or the question is empty, or they are longer than the model's positions.
         RecipeError
             If the recipe cannot be parsed, or its budget cannot hold.
         """
@@ -124,8 +137,10 @@ class LanguageModel:
         if not text.strip():
             raise PromptError("the document is empty; give it some text to read.")
         tokens, num_prefix = self.prompt_tokens(text)
+        if question is not None:
+            tokens += self.question_tokens(question)
         self.check_length(len(tokens), reserve_tokens)
-        note = _check_budget(parsed, len(tokens))
+        note = check_budget(parsed, len(tokens))
         cache = KVCache(self.model.config, parsed)
         started = time.perf_counter()
         self._prefill(cache, tokens, progress)
@@ -133,7 +148,15 @@ class LanguageModel:
         if Need.REPLAY in parsed.needs:
             self._replay(cache, tokens, num_prefix, parsed, progress)
         done = time.perf_counter()
-        return Context(self, cache, tokens, prefill_s=prefilled - started, compress_s=done - prefilled, note=note)
+        return Context(
+            self,
+            cache,
+            tokens,
+            has_question=question is not None,
+            prefill_s=prefilled - started,
+            compress_s=done - prefilled,
+            note=note,
+        )
 
     def calibrate_expected_attention(self, text: str, path: str | Path, *, progress: Progress | None = None) -> None:
         """Gathers the query statistics of `expected_attention(statistics=…)` on a text and writes them to `path`."""
@@ -194,13 +217,31 @@ class LanguageModel:
         cache.compress(masses)
 
 
+class Answer(Iterator[Step]):
+    """The steps of one answer, and the fork of the cache that they grow; it is decoded while it is iterated."""
+
+    def __init__(self, steps: Iterator[Step], cache: KVCache) -> None:
+        self._steps, self.cache = steps, cache
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+
 class Context:
     """A document that was read, and its memory. Questions fork it; it never changes."""
 
     def __init__(
-        self, lm: LanguageModel, cache: KVCache, tokens: list[int], *, prefill_s: float, compress_s: float, note: str
+        self,
+        lm: LanguageModel,
+        cache: KVCache,
+        tokens: list[int],
+        *,
+        has_question: bool = False,
+        prefill_s: float,
+        compress_s: float,
+        note: str,
     ) -> None:
-        self.lm, self.cache, self.tokens = lm, cache, tokens
+        self.lm, self.cache, self.tokens, self.has_question = lm, cache, tokens, has_question
         self.prefill_s, self.compress_s, self.note = prefill_s, compress_s, note
 
     def report(self) -> ReadReport:
@@ -222,51 +263,87 @@ class Context:
 
     def ask(
         self,
-        question: str,
+        question: str | None,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         answer_prefix: str = "",
         keep_logprobs: bool = False,
-    ) -> Iterator[Step]:
+    ) -> Answer:
         """Answers a question about the document, step by step. The context is forked: not re-read, not changed.
 
+        question: None answers the one that was read with the document.
         answer_prefix: words that the answer begins with, put into the model's mouth.
 
         Raises
         ------
         PromptError
-            If the question is empty, or question and answer do not fit the model's positions.
+            If the question is empty, missing or there twice, or question and answer do not fit the model's positions.
         """
-        if not question.strip():
-            raise PromptError("the question is empty.")
+        new = self._turn(question, answer_prefix)
         if max_new_tokens < 1:
             raise PromptError(f"`max_new_tokens` must be >= 1; got max_new_tokens={max_new_tokens}.")
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"`stop` must be a list of strings, none of them empty; got stop={stop!r}.")
         lm = self.lm
-        new = lm.tokenize(lm.template.between)
-        new += lm.tokenize(question, literal=True) + lm.tokenize(lm.template.after + answer_prefix)
-        lm.check_length(len(self.tokens) + len(new), max_new_tokens)
+        answer = self._decode(new, sampling.sampler(), max_new_tokens, lm.end_tokens, keep_logprobs)
+        return Answer(with_text(answer, lm.detokenize, end_tokens=lm.end_tokens, stop=stop), answer.cache)
+
+    def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str = "") -> Answer:
+        """Teacher forcing: the steps that decode just these tokens as the answer, with the log-probabilities behind each.
+
+        Token by token, as decoding goes, so that pages, eviction and page selection take part as they would there.
+        Arguments and errors as in `ask`.
+        """
+        return self._follow(self._turn(question, answer_prefix), answer)
+
+    def follow_text(self, continuation: Sequence[int]) -> Answer:
+        """Teacher forcing of text that goes on where the document ends; the first token is given, the others are steps.
+
+        Raises PromptError if there are fewer than two tokens, or they do not fit the model's positions.
+        """
+        if len(continuation) < 2:
+            raise PromptError(
+                f"a continuation needs at least 2 tokens, one given and one to predict; got {continuation}."
+            )
+        return self._follow(list(continuation[:1]), continuation[1:])
+
+    def _turn(self, question: str | None, answer_prefix: str) -> list[int]:
+        """Tokens from the end of what was read to the first of the answer."""
+        lm = self.lm
+        if self.has_question and question is not None:
+            raise PromptError(
+                "this context was read with its question: ask(None) answers it; read anew to ask another."
+            )
+        if question is None and not self.has_question:
+            raise PromptError("there is no question: give one, or read the document with `question=…`.")
+        asked = [] if question is None else lm.question_tokens(question)
+        return asked + lm.tokenize(lm.template.after + answer_prefix)
+
+    def _follow(self, new: list[int], tokens: Sequence[int]) -> Answer:
+        return self._decode(new, forced(tokens), len(tokens), frozenset(), keep_logprobs=True)
+
+    def _decode(
+        self, new: list[int], sampler: Sampler, max_new_tokens: int, end_tokens: frozenset[int], keep_logprobs: bool
+    ) -> Answer:
+        self.lm.check_length(len(self.tokens) + len(new), max_new_tokens)
+        cache = self.cache.fork()
         steps = decode_steps(
-            lm.model,
-            self.cache.fork(),
+            self.lm.model,
+            cache,
             new,
             history=self.tokens,
-            sampler=sampling.sampler(),
+            sampler=sampler,
             max_new_tokens=max_new_tokens,
-            end_tokens=lm.end_tokens,
+            end_tokens=end_tokens,
             keep_logprobs=keep_logprobs,
         )
-        return with_text(steps, self._detokenize, end_tokens=lm.end_tokens, stop=stop)
-
-    def _detokenize(self, ids: Sequence[int]) -> str:
-        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return Answer(steps, cache)
 
 
-def _check_budget(recipe: Recipe, num_tokens: int) -> str:
-    """Fails early where a budget cannot hold; a note where it has no effect."""
+def check_budget(recipe: Recipe, num_tokens: int) -> str:
+    """Raises BudgetError where a budget cannot hold for a prompt; returns a note where it has no effect."""
     tokens = recipe.budget.tokens
     if recipe.budget.share is not None:
         tokens = int(num_tokens * recipe.budget.share)

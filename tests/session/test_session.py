@@ -276,3 +276,58 @@ def test_progress_only_goes_forward(load) -> None:
     for steps in seen.values():
         total = steps[-1][1]
         assert steps == [(i + 1, total) for i in range(total)]
+
+
+@pytest.mark.parametrize("recipe", ["full", "int4", "snapkv(window=16) @ 60%", "tova @ 100", "quest(tokens=192)"])
+def test_following_its_own_answer_gives_the_same_log_probabilities(load: Callable[..., Any], recipe: str) -> None:
+    ctx = load().read(DOCUMENT, recipe)
+    steps = list(ctx.ask(QUESTION, max_new_tokens=70, answer_prefix=" It", keep_logprobs=True))
+    tokens = [token for step in steps for token in step.token_ids]
+    followed = list(ctx.follow_answer(tokens, QUESTION, answer_prefix=" It"))
+    assert [token for step in followed for token in step.token_ids] == tokens
+    own = [step.logprobs for step in steps if step.logprobs is not None]
+    assert torch.equal(torch.cat([step.logprobs for step in followed]), torch.cat(own))
+
+
+def test_following_text_is_teacher_forcing(load: Callable[..., Any]) -> None:
+    lm = load()
+    continuation = lm.tokenize(" And so on, until the end of it.")
+    ctx = lm.read(DOCUMENT)
+    got = torch.cat([step.logprobs for step in ctx.follow_text(continuation)])
+    whole = torch.tensor([ctx.tokens + continuation])
+    lm.model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        logits = lm.model(whole).logits[0]
+    lm.model.set_attn_implementation("steno")
+    expected = logits[len(ctx.tokens) : -1].log_softmax(-1)
+    assert got.shape == (len(continuation) - 1, expected.shape[1])
+    assert torch.allclose(got, expected, atol=1e-4)
+    with pytest.raises(PromptError, match="at least 2 tokens"):
+        ctx.follow_text(continuation[:1])
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_question_may_be_read_with_the_document(load: Callable[..., Any], template: bool) -> None:
+    lm = load(template=template)
+    seen, later = lm.read(DOCUMENT, question=QUESTION), lm.read(DOCUMENT)
+    assert len(seen.tokens) > len(later.tokens)
+    assert answer(seen, None) == answer(later, QUESTION)
+    shrunk = lm.read(DOCUMENT, "snapkv(window=16) @ 30%", question=QUESTION)
+    assert shrunk.cache.own_layers[0].content.positions(0, len(seen.tokens))[0][-1] == len(seen.tokens) - 1
+    with pytest.raises(PromptError, match="read with its question"):
+        seen.ask(QUESTION)
+    with pytest.raises(PromptError, match="no question"):
+        later.ask(None)
+    with pytest.raises(PromptError, match="question is empty"):
+        lm.read(DOCUMENT, question=" ")
+
+
+def test_an_answer_holds_the_cache_that_it_grows(load: Callable[..., Any]) -> None:
+    ctx = load().read(DOCUMENT)
+    answering = ctx.ask(QUESTION, max_new_tokens=5)
+    before = answering.cache.seen_tokens
+    assert before == len(ctx.tokens)
+    tokens = [token for step in answering for token in step.token_ids]
+    asked = len(ctx.lm.question_tokens(QUESTION)) + len(ctx.lm.tokenize(ctx.lm.template.after))
+    assert answering.cache.seen_tokens == before + asked + len(tokens) - 1
+    assert ctx.cache.seen_tokens == before
