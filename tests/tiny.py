@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,6 +16,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -78,3 +81,27 @@ def shared(name: str) -> torch.nn.Module:
 def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     """Token ids `[rows, length]` without the padding token."""
     return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_with_bytes(folder: Path, name: str, *, template: bool = True, positions: int = 1200) -> Path:
+    """A model with a tokenizer of one token a byte, in a folder."""
+    backend = Tokenizer(models.BPE({token: idx for idx, token in enumerate(TOKENS)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=SPECIALS[1], eos_token=SPECIALS[2], pad_token=SPECIALS[0]
+    )
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    model = build(name, vocab_size=len(TOKENS), max_position_embeddings=positions, eos_token_id=2)
+    model.save_pretrained(folder)
+    return folder

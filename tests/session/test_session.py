@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import steno
 from steno.decode.sampler import Sampling
 from steno.errors import BudgetError, PromptError, RecipeError
-from tiny import build
+from tiny import TOKENS, save_with_bytes
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 6
 QUESTION = "Where is the key?"
 RECIPES = [
     "full", "int4", "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "tova @ 100", "kvzip | adakv @ 40%",
     "kvzip(chunk_tokens=50) | int8 @ 60%",
 ]  # fmt: skip
-
-
-def save(folder: Path, name: str, template: str | None) -> Path:
-    backend = Tokenizer(models.BPE({token: idx for idx, token in enumerate(TOKENS)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=SPECIALS[1], eos_token=SPECIALS[2], pad_token=SPECIALS[0]
-    )
-    if template:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    model = build(name, vocab_size=len(TOKENS), max_position_embeddings=1200, eos_token_id=2)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +28,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     def get(name: str = "llama", *, template: bool = True) -> Any:
         if (name, template) not in loaded:
-            folder = save(tmp_path_factory.mktemp("models") / name, name, TEMPLATE if template else None)
+            folder = save_with_bytes(tmp_path_factory.mktemp("models") / name, name, template=template)
             loaded[name, template] = steno.load(folder, dtype="fp32")
         return loaded[name, template]
 

@@ -1,0 +1,181 @@
+"""One recipe on one instance: what it answers, how far it drifts from the full cache, what it holds and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from steno.bench.tasks.task import Instance, Query, Task
+from steno.decode.loop import Step
+from steno.errors import BadArgument
+from steno.session import Answer, Context, LanguageModel, ReadReport
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What the full cache said at each token of an answer or a continuation.
+
+    token_ids: `[n]`; choices: `[n]`, the likeliest token at each; logprobs: `[n, V]` in fp16, rounded by at most 0.05 %, so that
+    hundreds of them fit in memory.
+    """
+
+    token_ids: tuple[int, ...]
+    choices: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def of(cls, steps: Spoken) -> Trace:
+        return cls(token_ids=tuple(steps.token_ids), choices=steps.logprobs.argmax(-1), logprobs=steps.logprobs.half())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The full cache on one instance: its score and a trace for each query, or one for the continuation."""
+
+    score: float
+    traces: tuple[Trace, ...]
+
+
+@final
+@dataclass(kw_only=True)
+class Measurement:
+    """One recipe on one instance. kls, agreed: per token; ttft_s per query, step_s per later token; refused: why, if it was."""
+
+    score: float
+    depth: float | None
+    kls: list[float] = field(default_factory=list)
+    agreed: list[bool] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)  # of the true tokens of a continuation
+    reports: list[ReadReport] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    new_tokens: int = 0
+    kv_bytes_end: int = 0
+    kv_bytes_peak: int = 0
+    refused: str = ""
+
+
+@final
+@dataclass(kw_only=True)
+class Spoken:
+    """The steps of one answer, gathered. ttft_s: to the first token; step_s: each later one. logprobs `[n, V]` fp32."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: Tensor
+    ttft_s: float
+    step_s: list[float]
+
+    @classmethod
+    def of(cls, answer: Iterator[Step]) -> Spoken:
+        text, ids, logprobs, times = "", list[int](), list[Tensor](), [time.perf_counter()]
+        for step in answer:
+            text += step.text
+            if step.logprobs is not None:
+                times.append(time.perf_counter())
+                ids += step.token_ids
+                logprobs.append(step.logprobs)
+        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+        return cls(text=text, token_ids=ids, logprobs=torch.cat(logprobs), ttft_s=seconds[0], step_s=seconds[1:])
+
+
+def measure(
+    lm: LanguageModel, task: Task, instance: Instance, recipe: str, protocol: str, reference: Reference | None
+) -> tuple[Measurement, Reference]:
+    """Measures a recipe on one instance; also what it said, which is the reference of others where the recipe is `full`.
+
+    reference: None for the full cache itself. A recipe that refuses an instance of no given length scores 0 on it.
+    """
+    result = Measurement(score=0.0, depth=instance.depth)
+    traces: list[Trace] = []
+    scores: list[float] = []
+    try:
+        if instance.continuation:
+            scores.append(_follow(lm, instance, recipe, reference, result, traces))
+        context = None
+        for i, query in enumerate(instance.queries):
+            seen = query.question if protocol == "seen" else None
+            if context is None or seen is not None:
+                context = lm.read(instance.context, recipe, question=seen)
+                result.reports.append(context.report())
+            trace = reference.traces[i] if reference is not None else None
+            scores.append(_ask(context, task, query, seen is not None, trace, result, traces))
+    except BadArgument as error:
+        if task.takes_context:
+            raise
+        result.refused = str(error)
+        scores = [0.0]
+    result.score = sum(scores) / len(scores)
+    return result, Reference(score=result.score, traces=tuple(traces))
+
+
+def _ask(
+    context: Context,
+    task: Task,
+    query: Query,
+    is_seen: bool,
+    trace: Trace | None,
+    result: Measurement,
+    traces: list[Trace],
+) -> float:
+    """One question: the recipe's own answer, scored; then, where it differs, the full cache's answer forced."""
+    question, prefix = None if is_seen else query.question, query.answer_prefix
+    answer = context.ask(question, max_new_tokens=query.max_new_tokens, answer_prefix=prefix, keep_logprobs=True)
+    spoken = Spoken.of(answer)
+    _note(spoken, answer, result)
+    traces.append(Trace.of(spoken))
+    agreement = 1.0
+    if trace is not None:
+        logprobs = spoken.logprobs
+        if tuple(spoken.token_ids) != trace.token_ids:
+            logprobs = Spoken.of(context.follow_answer(trace.token_ids, question, answer_prefix=prefix)).logprobs
+        agreement = _compare(trace, logprobs, result)
+    return task.score(spoken.text, query.answers) if query.answers else agreement
+
+
+def _follow(
+    lm: LanguageModel,
+    instance: Instance,
+    recipe: str,
+    reference: Reference | None,
+    result: Measurement,
+    traces: list[Trace],
+) -> float:
+    """The continuation, forced token by token: the geometric mean of the true tokens' probabilities."""
+    context = lm.read(instance.context, recipe)
+    result.reports.append(context.report())
+    answer = context.follow_text(lm.tokenize(instance.continuation, literal=True)[: instance.continuation_tokens + 1])
+    spoken = Spoken.of(answer)
+    _note(spoken, answer, result)
+    traces.append(Trace.of(spoken))
+    if reference is not None:
+        _compare(reference.traces[0], spoken.logprobs, result)
+    nats = -spoken.logprobs.gather(1, torch.tensor(spoken.token_ids, device=spoken.logprobs.device)[:, None])[:, 0]
+    result.nats += nats.tolist()
+    return float(torch.exp(-nats.double().mean()))
+
+
+def _note(spoken: Spoken, answer: Answer, result: Measurement) -> None:
+    """Time and memory of an answer that was just decoded."""
+    result.ttft_s.append(spoken.ttft_s)
+    result.step_s += spoken.step_s
+    result.new_tokens += len(spoken.token_ids)
+    result.kv_bytes_end = max(result.kv_bytes_end, answer.cache.kv_bytes)
+    result.kv_bytes_peak = max(result.kv_bytes_peak, answer.cache.kv_bytes_peak)
+
+
+def _compare(trace: Trace, logprobs: Tensor, result: Measurement) -> float:
+    """Adds KL and agreement per token; returns the share of tokens whose likeliest choice is the same."""
+    full = trace.logprobs.float().log_softmax(-1)  # again a distribution after rounding
+    kls = (full.exp() * (full - logprobs)).sum(-1).clamp_min(0)  # [n]
+    agreed = trace.choices == logprobs.argmax(-1)
+    result.kls += kls.tolist()
+    result.agreed += agreed.tolist()
+    return float(agreed.double().mean())

@@ -1,0 +1,54 @@
+"""Measure recipes on a model: what each costs in bytes and seconds, and what it loses.
+
+For each recipe, task and length one row goes to OUT/rows.jsonl as soon as it is measured; then OUT/report.md and
+OUT/report.html say which recipe to take. The question is not seen by compression unless --protocol says so.
+
+tasks: niah (depth by length), perplexity, questions, long_generation, stress, RULER's niah_single_1..3, niah_multikey_1..3,
+niah_multivalue, niah_multiquery, vt, cwe, fwe; groups: ruler, all; your own: jsonl:FILE with lines
+{"context", "question", "answers"}, longbench:FILE, perplexity:FILE (text), qa_1:FILE and qa_2:FILE (SQuAD format).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+DEFAULT_RECIPES = (
+    "full",
+    "kivi(bits=4)",
+    "kvzip | adakv @ 50%",
+    "kvzip | adakv | kivi(bits=4) @ 50%",
+    "snapkv @ 50%",
+)
+DEFAULT_CONTEXT = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="as for `steno ask` (default: smollm2-135m)")
+    parser.add_argument("--recipe", metavar="R", action="append", help="repeatable (default: a choice of five)")
+    parser.add_argument("--task", metavar="T", action="append", help="repeatable (default: niah)")
+    parser.add_argument(
+        "--context", metavar="N", type=int, action="append",
+        help=f"length in the model's tokens, question and answer included; repeatable (default: {DEFAULT_CONTEXT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protocol", choices=("unseen", "seen"), action="append",
+        help="whether compression sees the question; repeatable (default: unseen)",
+    )  # fmt: skip
+    parser.add_argument("--samples", metavar="N", type=int, help="instances of each task (default: 20)")
+    parser.add_argument("--seed", metavar="S", type=int, help="of the instances (default: 0)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="steno-bench", help="folder of rows and report (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the rows of --out; what is finished is skipped"
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--dtype", metavar="D", help="as for `steno ask`")
+    machine.add_argument("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from steno.cli.benching import run_bench  # what it needs takes seconds to import, which --help shall not wait for
+
+    return run_bench(arguments)
