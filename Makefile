@@ -18,7 +18,7 @@ demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
 		--recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 48
 
-test: lint model
+test: lint model $(VENV)/.browser
 	$(BIN)/python -m pytest
 	@if ($(HAS_SANITIZERS)); then $(MAKE) --no-print-directory test-native; \
 	else echo "notice: no gcc with sanitizers here; the native kernels are not tested under them."; fi
@@ -70,8 +70,14 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NAT
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest hypothesis ruff mypy \
-		"triton; platform_system == 'Linux'"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# the report is tested in a real browser; where none is there and none can be installed, that test is skipped and says so
+$(VENV)/.browser: $(VENV)/.installed-dev
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no Chromium: the browser test of the report will be skipped"
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -23,8 +23,8 @@ class Row:
 
     Identity: `model` as it was asked for, with its hash; `recipe` (a peer's rows say `peer:NAME:METHOD`); `protocol`, whether
     compression saw the question: `unseen`, `seen`, or `none` where there is no question; `context_tokens`, everything
-    together, for tasks of a given length, else the longest prompt; `instances`, a hash of what was generated, so that two
-    rows with the same one can be paired instance by instance.
+    together where the task has the length that was asked for (`sized`), else the longest prompt; `instances`, a hash of what
+    was generated, so that two rows with the same one can be paired instance by instance.
 
     Quality: `score` 0 to 1 with its 95 % interval and how it was made; `score_full`, the full cache on the same instances;
     `difference` = score - score_full, paired. `kl` (nats per token) and `top1_agreement` against the full cache, each token
@@ -43,6 +43,7 @@ class Row:
     task: str
     protocol: str
     context_tokens: int
+    sized: bool
     samples: int
     seed: int
     instances: str

@@ -70,6 +70,7 @@ def summarize(
         task=group.task.id,
         protocol=group.protocol,
         context_tokens=group.row_context_tokens,
+        sized=group.task.takes_context,
         samples=len(scores),
         seed=seed,
         instances=group.digest,

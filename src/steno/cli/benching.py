@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from steno.bench.plan import Group, plan_groups
+from steno.bench.report.write import can_draw, write_report
 from steno.bench.rows import ROWS_FILE, Row
 from steno.bench.run import Bench, Tick, open_rows, run, todo, work_tokens
 from steno.bench.summary import Subject
@@ -49,7 +50,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
     rows = open_rows(out, subject.experiment, groups, resume=arguments.resume)
     try:
         with FileLock(out / f"{ROWS_FILE}.lock", timeout=0):
-            _measure(Bench(subject=subject), groups, rows, out)
+            try:
+                _measure(Bench(subject=subject), groups, rows, out)
+            finally:
+                if rows:
+                    _report(out, rows)
     except Timeout:
         raise BadArgument(f"another bench is writing to {out}; wait for it, or give another --out.") from None
     except KeyboardInterrupt:
@@ -70,6 +75,13 @@ def _measure(bench: Bench, groups: Sequence[Group], rows: list[Row], out: Path) 
         for row in run(bench, left, out / ROWS_FILE, tick):
             rows.append(row)
             done(row)
+
+
+def _report(out: Path, rows: Sequence[Row]) -> None:
+    written = write_report(out, rows)
+    print(f"steno: wrote {', '.join(map(str, written))}", file=sys.stderr)
+    if not can_draw():
+        print("steno: for report.html: pip install 'stenokv[bench]'", file=sys.stderr)
 
 
 @contextmanager
