@@ -14,6 +14,8 @@ from typing import Any, final
 from steno.errors import BadArgument
 
 ROWS_FILE = "rows.jsonl"
+PEER = "peer:"
+"""How the recipe of a row begins that was measured with another project's code."""
 
 
 @final

@@ -19,13 +19,13 @@ DEFAULT_RECIPES = (
     "kvzip | adakv | kivi(bits=4) @ 50%",
     "snapkv @ 50%",
 )
-DEFAULT_CONTEXT = 2048
+DEFAULT_TASK, DEFAULT_CONTEXT, DEFAULT_SAMPLES = "niah", 2048, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="as for `steno ask` (default: smollm2-135m)")
     parser.add_argument("--recipe", metavar="R", action="append", help="repeatable (default: a choice of five)")
-    parser.add_argument("--task", metavar="T", action="append", help="repeatable (default: niah)")
+    parser.add_argument("--task", metavar="T", action="append", help=f"repeatable (default: {DEFAULT_TASK})")
     parser.add_argument(
         "--context", metavar="N", type=int, action="append",
         help=f"length in the model's tokens, question and answer included; repeatable (default: {DEFAULT_CONTEXT})",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol", choices=("unseen", "seen"), action="append",
         help="whether compression sees the question; repeatable (default: unseen)",
     )  # fmt: skip
-    parser.add_argument("--samples", metavar="N", type=int, help="instances of each task (default: 20)")
+    parser.add_argument("--samples", metavar="N", type=int, help=f"instances of each task (default: {DEFAULT_SAMPLES})")
     parser.add_argument("--seed", metavar="S", type=int, help="of the instances (default: 0)")
     parser.add_argument(
         "--out", metavar="DIR", default="steno-bench", help="folder of rows and report (default: %(default)s)"
@@ -42,6 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the rows of --out; what is finished is skipped"
     )
+    parser.add_argument(
+        "--against", metavar="FILE",
+        help="rows of an earlier run: print what became better or worse beyond the intervals, status 1 if worse; without "
+        "--recipe, --task and --context it measures what FILE has",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", nargs="?", const="auto",
+        help="measure on a Ray cluster that is there, e.g. `ray start --head` (default address: auto)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", metavar="D", help="as for `steno ask`")
