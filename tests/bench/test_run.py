@@ -29,7 +29,7 @@ def quiet(tokens: int) -> None:
 
 @pytest.fixture(scope="module")
 def bench(lm: steno.LanguageModel) -> Bench:
-    return Bench(subject=Subject(lm=lm, model="tiny", seed=3))
+    return Bench(subject=Subject.of(lm, "tiny", 3))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from steno.bench.run import Bench, Tick
 from steno.bench.summary import Subject
 from steno.errors import BadArgument, StenoError
 from steno.session import load
+
+CONNECT_S = 10
 
 
 @final
@@ -31,7 +34,7 @@ class Worker:
 
     def __init__(self, spec: Spec) -> None:
         lm = load(spec.model, dtype=spec.dtype, device=spec.device)
-        self.bench = Bench(subject=Subject(lm=lm, model=spec.model, seed=spec.seed))
+        self.bench = Bench(subject=Subject.of(lm, spec.model, spec.seed))
 
     def reference(self, group: Group) -> tuple[Row, Any]:
         """The full cache on a group: its row, and the references, which stay in the cluster's memory."""
@@ -61,8 +64,9 @@ def run_on_ray(
     own = not ray.is_initialized()
     if own:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise BadArgument(f"no Ray cluster at {address!r}: {' '.join(str(error).split())[:200]}") from None
     try:
         yield from _measure(ray, spec, left, path, tick)
@@ -74,6 +78,13 @@ def run_on_ray(
     finally:
         if own:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing answers at `host:port`; Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
 def _measure(ray: Any, spec: Spec, left: Sequence[tuple[Group, list[str]]], path: Path, tick: Tick) -> Iterator[Row]:

@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import final
 
 import torch
 
 from steno.version import VERSION
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a process computes on, looked up once: a checkout may move on while it runs."""
+
+    versions: dict[str, str]
+    git_sha: str | None
+    host: str
+    threads: int
+
+    @classmethod
+    def here(cls, device: str) -> Machine:
+        return cls(versions=versions(), git_sha=git_sha(), host=host(device), threads=torch.get_num_threads())
 
 
 def versions() -> dict[str, str]:

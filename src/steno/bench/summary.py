@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from steno.bench.machine import git_sha, host, versions
+from steno.bench.machine import Machine
 from steno.bench.measure import Measurement
 from steno.bench.plan import FULL, Group
 from steno.bench.rows import Row
@@ -24,11 +24,16 @@ from steno.session import LanguageModel
 @final
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is the same in all rows of a run: the model, as it was asked for and as it was loaded, and the seed."""
+    """What is the same in all rows of a run: the model, as it was asked for and as it was loaded, the seed, the machine."""
 
     lm: LanguageModel
     model: str
     seed: int
+    machine: Machine
+
+    @classmethod
+    def of(cls, lm: LanguageModel, model: str, seed: int) -> Subject:
+        return cls(lm=lm, model=model, seed=seed, machine=Machine.here(str(lm.model.device)))
 
     @property
     def experiment(self) -> tuple[str, str, str, int]:
@@ -111,10 +116,7 @@ def summarize(
         depths=[m.depth for m in measured if m.depth is not None] or None,
         wall_s=wall_s,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions(),
-        git_sha=git_sha(),
-        host=host(device),
-        threads=torch.get_num_threads(),
+        **vars(subject.machine),
     )
 
 

@@ -97,7 +97,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         raise BadArgument(f"{arguments.against} has no rows to compare with.")
     wish, out = Wish.of(arguments, earlier), Path(arguments.out)
     lm = load(wish.model, dtype=arguments.dtype, device=arguments.device)
-    subject = Subject(lm=lm, model=wish.model, seed=wish.seed)
+    subject = Subject.of(lm, wish.model, wish.seed)
     groups = wish.groups(lm)
     rows = open_rows(out, subject.experiment, groups, resume=arguments.resume)
     before = len(rows)

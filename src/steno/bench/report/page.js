@@ -140,12 +140,13 @@ async function drawCharts(shown) {
   const [overall, tasks, needles] = ["overall", "tasks", "needles"].map((id) => document.getElementById(id));
   for (const place of [overall, tasks, needles]) place.replaceChildren();
   const byGroup = groups(shown);
-  // a mean over tasks is fair only among recipes that were measured on all of them
-  const counts = Map.groupBy(shown, (row) => row.recipe);
-  const everywhere = shown.filter((row) => counts.get(row.recipe).length === byGroup.size);
+  // a mean over tasks is fair only among recipes that were measured on all of them; what only the full cache has does not count
+  const shared = [...byGroup.values()].filter((group) => group.some((row) => row.recipe !== "full"));
+  const counts = Map.groupBy(shared.flat(), (row) => row.recipe);
+  const everywhere = shared.flat().filter((row) => counts.get(row.recipe).length === shared.length);
   const left = unique(shown.map((row) => row.recipe)).length - unique(everywhere.map((row) => row.recipe)).length;
   document.getElementById("overall-note").textContent =
-    `Means over ${byGroup.size} ${byGroup.size === 1 ? "group" : "groups"} of task, length and protocol; the dashed line is the Pareto front.` +
+    `Means over ${shared.length} ${shared.length === 1 ? "group" : "groups"} of task, length and protocol; the dashed line is the Pareto front.` +
     (left ? ` ${left} recipes that were not measured on all of them are left out.` : "");
   const cards = [
     [overall, "Score against bytes held", charts.bytes, priced(everywhere, "held_mb")],

@@ -48,11 +48,11 @@ def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
-    """Recipes that were measured on every group, smallest first."""
-    groups = groups_of(rows)
+    """Recipes that were measured on every group, smallest first; a group that only the full cache has does not count."""
+    groups = [group for group in groups_of(rows).values() if any(row.recipe != FULL for row in group)]
     found = []
-    for recipe in dict.fromkeys(row.recipe for row in rows):
-        own = [row for row in rows if row.recipe == recipe]
+    for recipe in dict.fromkeys(row.recipe for group in groups for row in group):
+        own = [row for group in groups for row in group if row.recipe == recipe]
         if len(own) < len(groups):
             continue
         times = [row.decode_ms_per_token for row in own if row.decode_ms_per_token is not None]
@@ -105,16 +105,13 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     first = rows[0]
     dates = sorted(row.measured_at[:10] for row in rows)
     hosts = dict.fromkeys(f"{row.host}, {row.threads} threads" for row in rows)
-    builds = dict.fromkeys(
-        ", ".join(f"{name} {version}" for name, version in row.versions.items())
-        + (f", commit {row.git_sha[:12]}{'-dirty' * row.git_sha.endswith('-dirty')}" if row.git_sha else "")
-        for row in rows
-    )
+    versions = dict.fromkeys(", ".join(f"{name} {version}" for name, version in row.versions.items()) for row in rows)
+    commits = dict.fromkeys(row.git_sha[:12] + "-dirty" * row.git_sha.endswith("-dirty") for row in rows if row.git_sha)
     samples = sorted({row.samples for row in rows})
     return [
         ("Model", f"{first.model} ({first.model_hash}), computing in {first.dtype} on {first.device}"),
         ("Machine", "; ".join(hosts)),
-        ("Versions", "; ".join(builds)),
+        ("Versions", "; ".join(versions) + (f"; commit {', '.join(commits)}" if commits else "")),
         ("Measured", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
         (
             "Kept fixed",
