@@ -273,11 +273,14 @@ def test_too_short_a_context_says_so(lm: steno.LanguageModel) -> None:
         generate(lm, TASKS["cwe"], 300, 1, 0)
 
 
-@given(st.integers(0, 500), st.integers(0, 600))
+@given(st.integers(0, 500), st.integers(0, 600), st.integers(1, 2000))
 @settings(deadline=None)
-def test_largest_finds_the_border(border: int, at_most: int) -> None:
+def test_largest_finds_the_border(border: int, at_most: int, guess: int) -> None:
     assert largest(lambda n: n <= border, None, 1) == border
-    assert largest(lambda n: n <= border, at_most, 1) == min(border, at_most)
+    assert largest(lambda n: n <= border, at_most, 1, guess) == min(border, at_most)
+    asked: list[int] = []
+    assert largest(lambda n: asked.append(n) or n <= border, None, 1, guess) == border  # type: ignore[func-returns-value]
+    assert len(asked) < 40
 
 
 @given(st.integers(0, 10**6), st.integers(0, 3000))

@@ -10,6 +10,8 @@ from typing import Protocol, final
 from steno.errors import PromptError
 from steno.session import LanguageModel
 
+PROBE = 64
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +84,29 @@ class Room:
         Raises PromptError if not even `build(0)` fits.
         """
         limit = self.for_document(queries)
-        return build(largest(lambda n: self.count(build(n)) <= limit, at_most, self.context_tokens))
+        # counting tokens is what takes time here, so the search begins close to its end: two steps of the secant
+        first, guess = self.count(build(0)), min(PROBE, at_most or PROBE)
+        for _ in range(2):
+            slope = max(1e-3, (self.count(build(guess)) - first) / guess)
+            guess = max(1, int((limit - first) / slope))
+            guess = guess if at_most is None else min(guess, max(1, at_most))
+        return build(largest(lambda n: self.count(build(n)) <= limit, at_most, self.context_tokens, guess))
 
 
-def largest(fits: Callable[[int], bool], at_most: int | None, context_tokens: int) -> int:
-    """The largest n >= 0 that fits, found by doubling and halving."""
+def largest(fits: Callable[[int], bool], at_most: int | None, context_tokens: int, guess: int = 16) -> int:
+    """The largest n >= 0 that fits, sought from a guess in growing steps, then by halving."""
     if not fits(0):
         raise PromptError(f"a context of {context_tokens} tokens is too short for this task; give a longer --context.")
-    low, step = 0, 16
-    while (at_most is None or low + step <= at_most) and fits(low + step):
-        low, step = low + step, step * 2
-    high = low + step - 1 if at_most is None else min(low + step - 1, at_most)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    low, high, n, step = 0, at_most, guess, max(1, guess // 256)
+    while high is None or low < high:
+        n = max(low + 1, n if high is None else min(n, high))
+        if fits(n):
+            low, n = n, n + step
+        else:
+            high, n = n - 1, n - step
+        step *= 2
+        if high is not None and not low < n <= high:
+            n = (low + high + 1) // 2
     return low
 
 
