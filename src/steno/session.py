@@ -133,26 +133,47 @@ class LanguageModel:
         RecipeError
             If the recipe cannot be parsed, or its budget cannot hold.
         """
-        parsed = as_recipe(recipe)
         if not text.strip():
             raise PromptError("the document is empty; give it some text to read.")
         tokens, num_prefix = self.prompt_tokens(text)
         if question is not None:
             tokens += self.question_tokens(question)
         self.check_length(len(tokens), reserve_tokens)
-        note = check_budget(parsed, len(tokens))
-        cache = KVCache(self.model.config, parsed)
+        return self._read(tokens, num_prefix, as_recipe(recipe), progress, has_question=question is not None)
+
+    def read_tokens(
+        self,
+        tokens: Sequence[int],
+        recipe: Recipe | str | None = None,
+        *,
+        num_prefix_tokens: int = 0,
+        progress: Progress | None = None,
+    ) -> Context:
+        """Reads tokens as they are, without a template; the first `num_prefix_tokens` are always kept by a replay.
+
+        Raises PromptError if there are none or too many, RecipeError as `read` does.
+        """
+        if not tokens:
+            raise PromptError("there are no tokens to read.")
+        self.check_length(len(tokens), 0)
+        return self._read(list(tokens), num_prefix_tokens, as_recipe(recipe), progress, has_question=False)
+
+    def _read(
+        self, tokens: list[int], num_prefix: int, recipe: Recipe, progress: Progress | None, *, has_question: bool
+    ) -> Context:
+        note = check_budget(recipe, len(tokens))
+        cache = KVCache(self.model.config, recipe)
         started = time.perf_counter()
         self._prefill(cache, tokens, progress)
         prefilled = time.perf_counter()
-        if Need.REPLAY in parsed.needs:
-            self._replay(cache, tokens, num_prefix, parsed, progress)
+        if Need.REPLAY in recipe.needs:
+            self._replay(cache, tokens, num_prefix, recipe, progress)
         done = time.perf_counter()
         return Context(
             self,
             cache,
             tokens,
-            has_question=question is not None,
+            has_question=has_question,
             prefill_s=prefilled - started,
             compress_s=done - prefilled,
             note=note,
@@ -282,12 +303,24 @@ class Context:
             If the question is empty, missing or there twice, or question and answer do not fit the model's positions.
         """
         new = self._turn(question, answer_prefix)
+        return self.go_on(new, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, keep_logprobs=keep_logprobs)
+
+    def go_on(
+        self,
+        given: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        keep_logprobs: bool = False,
+    ) -> Answer:
+        """Decodes after what was read and the `given` tokens, at least one, without a template. Errors as in `ask`."""
         if max_new_tokens < 1:
             raise PromptError(f"`max_new_tokens` must be >= 1; got max_new_tokens={max_new_tokens}.")
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"`stop` must be a list of strings, none of them empty; got stop={stop!r}.")
         lm = self.lm
-        answer = self._decode(new, sampling.sampler(), max_new_tokens, lm.end_tokens, keep_logprobs)
+        answer = self._decode(list(given), sampling.sampler(), max_new_tokens, lm.end_tokens, keep_logprobs)
         return Answer(with_text(answer, lm.detokenize, end_tokens=lm.end_tokens, stop=stop), answer.cache)
 
     def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str = "") -> Answer:

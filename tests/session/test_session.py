@@ -307,3 +307,17 @@ def test_an_answer_holds_the_cache_that_it_grows(load: Callable[..., Any]) -> No
     asked = len(ctx.lm.question_tokens(QUESTION)) + len(ctx.lm.tokenize(ctx.lm.template.after))
     assert answering.cache.seen_tokens == before + asked + len(tokens) - 1
     assert ctx.cache.seen_tokens == before
+
+
+def test_tokens_are_read_and_continued_without_a_template(load: Callable[..., Any]) -> None:
+    lm = load()
+    tokens = lm.tokenize(DOCUMENT)
+    steps = list(lm.read_tokens(tokens[:-1]).go_on(tokens[-1:], max_new_tokens=8))
+    lm.model.set_attn_implementation("sdpa")
+    out = lm.model.generate(torch.tensor([tokens]), max_new_tokens=8, do_sample=False)[0, len(tokens) :]
+    lm.model.set_attn_implementation("steno")
+    assert [token for step in steps for token in step.token_ids] == out.tolist()
+    with pytest.raises(PromptError, match="no tokens"):
+        lm.read_tokens([])
+    with pytest.raises(PromptError, match="1200 positions"):
+        lm.read_tokens([5] * 1201)
