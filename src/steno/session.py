@@ -133,13 +133,14 @@ class LanguageModel:
         RecipeError
             If the recipe cannot be parsed, or its budget cannot hold.
         """
+        parsed = as_recipe(recipe)
         if not text.strip():
             raise PromptError("the document is empty; give it some text to read.")
         tokens, num_prefix = self.prompt_tokens(text)
         if question is not None:
             tokens += self.question_tokens(question)
         self.check_length(len(tokens), reserve_tokens)
-        return self._read(tokens, num_prefix, as_recipe(recipe), progress, has_question=question is not None)
+        return self._read(tokens, num_prefix, parsed, progress, has_question=question is not None)
 
     def read_tokens(
         self,
