@@ -1,9 +1,10 @@
 """What compression adds to a prefill: each recipe against DynamicCache with SDPA and against the recipe `full`.
 
 A repeat runs every contender once, in turn, on the same tokens; an overhead is the median over the repeats of the ratio
-to the baseline of the same repeat. Methods that replay the context are timed with their replay. `--json` adds the rows
-to a file and replaces older ones of the same recipe and length, so that recipes can be measured one at a time; `--draw`
-turns such a file into a picture (needs matplotlib: pip install "stenokv[bench]").
+to the baseline of the same repeat. For machines that do other things too there are CPU seconds, of all threads, the
+fastest run of a recipe against the fastest of `full`, and `--layers`. Methods that replay the context are timed with
+their replay. `--json` adds the rows to a file and replaces older ones of the same recipe and length, so that recipes can
+be measured one at a time; `--draw` turns such a file into a picture (needs matplotlib: pip install "stenokv[bench]").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -56,9 +57,10 @@ def default_recipes() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Seconds of one prefill, and of what it spent in `LayerCache.compress`; a replay counts as prefill."""
+    """Seconds of one prefill, of all its threads' work, and in `LayerCache.compress`; a replay counts as prefill."""
 
     prefill_s: float
+    cpu_s: float
     compress_s: float = 0.0
 
 
@@ -74,7 +76,11 @@ class Row:
     prefill_s_quartiles: tuple[float, float]
     full_s: float
     host_s: float
+    cpu_s: float
     compress_s: float
+    fastest_s: float
+    overhead_full_cpu_percent: float
+    overhead_full_fastest_percent: float
     overhead_full_percent: float
     overhead_full_percent_quartiles: tuple[float, float]
     overhead_host_percent: float
@@ -97,24 +103,25 @@ class Contest:
         """One prefill by a contender, a recipe or `DynamicCache`."""
         if name == HOST:
             self.lm.model.set_attn_implementation("sdpa")
-            return Run(prefill_s=self._forward(DynamicCache(config=self.lm.model.config)))
+            cache = DynamicCache(config=self.lm.model.config)
+            return timed(lambda: self._forward(cache), [])
         self.lm.model.set_attn_implementation("steno")
         recipe = parse_recipe(name)
         cache = steno.KVCache(self.lm.model.config, recipe)
         clocks = [CompressClock(layer) for layer in cache.own_layers]
-        seconds = self._forward(cache)
-        if isinstance(recipe.score, KVzip):
-            seconds += self._replay(cache, recipe.score)
-        return Run(prefill_s=seconds, compress_s=sum(clock.seconds for clock in clocks))
 
-    def _forward(self, cache: Any) -> float:
-        started = time.perf_counter()
+        def prefill() -> None:
+            self._forward(cache)
+            if isinstance(recipe.score, KVzip):
+                self._replay(cache, recipe.score)
+
+        return timed(prefill, clocks)
+
+    def _forward(self, cache: Any) -> None:
         with torch.inference_mode():
             self.lm.model(self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - started
 
-    def _replay(self, cache: steno.KVCache, method: KVzip) -> float:
-        started = time.perf_counter()
+    def _replay(self, cache: steno.KVCache, method: KVzip) -> None:
         masses = replay_context(
             self.lm.model,
             cache,
@@ -126,7 +133,13 @@ class Contest:
             max_positions=self.lm.loaded.max_positions,
         )
         cache.compress(masses)
-        return time.perf_counter() - started
+
+
+def timed(prefill: Callable[[], None], clocks: list[CompressClock]) -> Run:
+    started, cpu_started = time.perf_counter(), time.process_time()
+    prefill()
+    wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    return Run(prefill_s=wall, cpu_s=cpu, compress_s=sum(clock.seconds for clock in clocks))
 
 
 class CompressClock:
@@ -135,7 +148,7 @@ class CompressClock:
     def __init__(self, layer: LayerCache) -> None:
         self.seconds = 0.0
         self._compress = layer.compress
-        layer.compress = self  # type: ignore[method-assign, assignment]
+        layer.compress = self
 
     def __call__(self, replay_mass: torch.Tensor | None) -> None:
         started = time.perf_counter()
@@ -151,12 +164,15 @@ def measure(contest: Contest, recipes: list[str], repeats: int) -> Iterable[Row]
         progress(f"warming up, {i + 1} of {len(contenders)}: {name}")
         warm_up.run(name)
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
-    for repeat in range(repeats):
-        for name in contenders:
-            progress(f"{len(contest.tokens)} tokens, repeat {repeat + 1} of {repeats}: {name}")
-            runs[name].append(contest.run(name))
+    with suppress(KeyboardInterrupt):  # what was measured by then still counts
+        for repeat in range(repeats):
+            for name in contenders:
+                progress(f"{len(contest.tokens)} tokens, repeat {repeat + 1} of {repeats}: {name}")
+                runs[name].append(contest.run(name))
     progress("")
-    for name in contenders[1:]:
+    complete = min(len(x) for x in runs.values())
+    runs = {name: x[:complete] for name, x in runs.items()}
+    for name in contenders[1:] if complete else ():
         yield as_row(name, len(contest.tokens), runs)
 
 
@@ -167,6 +183,7 @@ def progress(line: str) -> None:
 def as_row(name: str, num_tokens: int, runs: dict[str, list[Run]]) -> Row:
     seconds = {n: [run.prefill_s for run in runs[n]] for n in (name, *BASELINES)}
     over = {n: [100 * (a / b - 1) for a, b in zip(seconds[name], seconds[n], strict=True)] for n in BASELINES}
+    cpu_over = [100 * (a.cpu_s / b.cpu_s - 1) for a, b in zip(runs[name], runs["full"], strict=True)]
     return Row(
         recipe=name,
         tokens=num_tokens,
@@ -176,12 +193,25 @@ def as_row(name: str, num_tokens: int, runs: dict[str, list[Run]]) -> Row:
         prefill_s_quartiles=quartiles(seconds[name]),
         full_s=statistics.median(seconds["full"]),
         host_s=statistics.median(seconds[HOST]),
+        cpu_s=statistics.median(run.cpu_s for run in runs[name]),
         compress_s=statistics.median(run.compress_s for run in runs[name]),
+        fastest_s=min(seconds[name]),
+        overhead_full_fastest_percent=100 * (min(seconds[name]) / min(seconds["full"]) - 1),
+        overhead_full_cpu_percent=statistics.median(cpu_over),
         overhead_full_percent=statistics.median(over["full"]),
         overhead_full_percent_quartiles=quartiles(over["full"]),
         overhead_host_percent=statistics.median(over[HOST]),
         overhead_host_percent_quartiles=quartiles(over[HOST]),
     )
+
+
+def keep_layers(lm: steno.LanguageModel, num_layers: int) -> None:
+    """Cuts the model down to its first layers: each adds the same share, and runs become short."""
+    config = lm.model.config
+    lm.model.model.layers = lm.model.model.layers[:num_layers]
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
@@ -194,15 +224,16 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def show(row: Row) -> str:
     low, high = row.overhead_full_percent_quartiles
     return (
-        f"  {row.recipe:36} {row.prefill_s:7.2f} s   against full {row.overhead_full_percent:+6.1f} % "
-        f"[{low:+.1f}, {high:+.1f}]   against {HOST} {row.overhead_host_percent:+6.1f} %   "
-        f"compress {row.compress_s:6.3f} s"
+        f"  {row.recipe:36} {row.prefill_s:7.2f} s, compress {row.compress_s:6.3f} s   "
+        f"against full {row.overhead_full_percent:+6.1f} % [{low:+.1f}, {high:+.1f}], "
+        f"CPU {row.overhead_full_cpu_percent:+6.1f} %, fastest {row.overhead_full_fastest_percent:+6.1f} %   "
+        f"against {HOST} {row.overhead_host_percent:+6.1f} %"
     )
 
 
 def merge_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows to a file, in place of older ones of the same recipe, length and processor."""
-    key = lambda row: (row["cpu"], row["threads"], row["tokens"], row["recipe"])  # noqa: E731
+    key = lambda row: tuple(row[name] for name in ("cpu", "threads", "layers", "tokens", "recipe"))  # noqa: E731
     merged = {key(row): row for row in read_rows(path)} if path.exists() else {}
     merged.update({key(row): row for row in rows})
     path.write_text("".join(json.dumps(row) + "\n" for row in merged.values()), encoding="utf-8")
@@ -255,6 +286,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--recipe", action="append", help="repeatable; default: every method, and some combinations")
     parser.add_argument("--tokens", action="append", type=int, help="repeatable; default: 1024, 2048 and 4096")
+    parser.add_argument("--layers", type=int, help="only the first layers of the model, for shorter runs; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="after a warm-up on fewer tokens")
     parser.add_argument("--json", metavar="FILE", type=Path, help="add the rows to a file of JSON lines")
     parser.add_argument("--draw", metavar="FIGURE", type=Path, help="measure nothing: draw the rows of --json")
@@ -265,10 +297,17 @@ def main() -> None:
         draw(read_rows(arguments.json), arguments.draw)
         return
     lm = steno.load(arguments.model)
-    common = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "date": str(date.today()), "model": lm.name,
-              "dtype": str(lm.model.dtype).removeprefix("torch.")}  # fmt: skip
-    print(f"{common['cpu']}, {common['threads']} threads, torch {torch.__version__}, {lm.name} {common['dtype']}, "
-          f"{common['date']}, medians of {arguments.repeats}")  # fmt: skip
+    if arguments.layers:
+        keep_layers(lm, arguments.layers)
+    common = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": str(date.today()),
+        "model": lm.name,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "layers": lm.model.config.num_hidden_layers,
+    }
+    print(f"{', '.join(f'{name} {value}' for name, value in common.items())}, medians of {arguments.repeats}")
     for num_tokens in arguments.tokens or (1024, 2048, 4096):
         rows = []
         print(f"\nprefill of {num_tokens} tokens")

@@ -1,6 +1,6 @@
 """What fewer bits per weight gain and lose: seconds of a decode step and of a prefill, and the distance of the answers.
 
-Time: steps of the model after prompts of `--tokens` under `--recipe`, medians; the formats take turns by the whole run.
+Time: steps of the model after prompts of `--tokens` under `--recipe`, medians.
 Loss: next-token distributions over `--text-tokens` tokens of the language reference, in windows of 512, against the same
 model without `weights`: perplexity, mean and largest Kullback-Leibler divergence in nats, share of equal first choices.
 """
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
 
 import torch
-from benchmarks.common import cpu_name, prompts
+from benchmarks.common import OtherLoad, cpu_name, prompts
 
 import steno
 
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; steps after {arguments.tokens} "
           f"tokens, {arguments.recipe}, median of {arguments.steps}")  # fmt: skip
     results: list[dict[str, Any]] = []
-    full = None
+    full, load = None, OtherLoad()
     for name in (None, *arguments.weights):
         lm = steno.load(arguments.model, weights=name)
         windows = torch.tensor(prompts(lm.tokenize, arguments.text_tokens // WINDOW, WINDOW))
@@ -83,6 +83,7 @@ def main() -> None:
         print(f"{result['weights']:12} {times}  prefill of {last} x {arguments.tokens} {result[f'prefill_s_{last}']:.2f} s"
               f"  ppl {result['perplexity']:.3f}  KL {result['kl_mean']:.5f} (max {result['kl_max']:.3f})  "
               f"same first choice {100 * result['top1']:.1f} %", flush=True)  # fmt: skip
+    print(f"other processes kept {load.cores() or 0:.2f} cores busy")
     if arguments.json:
         Path(arguments.json).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
 
