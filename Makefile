@@ -69,9 +69,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NAT
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# not after .installed, as each compiles the native kernels
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
-	touch $@
+	touch $(VENV)/.installed $@
 
 # the report is tested in a real browser; where none is there and none can be installed, that test is skipped and says so
 $(VENV)/.browser: $(VENV)/.installed-dev
