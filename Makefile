@@ -20,11 +20,11 @@ demo: model
 
 test: lint model $(VENV)/.browser
 	$(BIN)/python -m pytest
-	@if ($(HAS_SANITIZERS)); then $(MAKE) --no-print-directory test-native; \
-	else echo "notice: no gcc with sanitizers here; the native kernels are not tested under them."; fi
 
-# the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end
+# the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end. Apart from
+# `test`, as compiling them takes several minutes
 test-native: $(SANITIZED)/.built
+	@($(HAS_SANITIZERS)) || { echo "this needs gcc with its sanitizers (libasan, libubsan)"; exit 1; }
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
 		$(BIN)/python -m pytest tests/kernels -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
