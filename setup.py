@@ -58,7 +58,8 @@ class BuildNative(build_ext):
 native = Extension(
     "steno.kernels._native",
     sources=[
-        str(CSRC / f"{name}.cpp") for name in ("dispatch", "dense", "encode", "portable", "avx2", "avx512", "vnni")
+        str(CSRC / f"{name}.cpp")
+        for name in ("dispatch", "dense", "encode", "portable", "avx2", "avx512", "vnni", "bf16")
     ],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steno.errors import BadArgument, KernelError, nearest
 
-ISAS = ("portable", "avx2", "avx512", "vnni")
+ISAS = ("portable", "avx2", "avx512", "vnni", "bf16")
 """In the order of the native numbers, slowest first."""
 
 ABI_VERSION = 5

@@ -39,7 +39,7 @@ def attend(
     causal: the last span of each head ends with the T new tokens, and query t does not see its last T - 1 - t.
     impl: `auto` (native for CPU tensors where the library is there, Triton for CUDA tensors where it is installed, else
         naive), `cpu`, `triton` or `naive`.
-    isa: instruction set of the native kernel, `vnni`, `avx512`, `avx2` or `portable`; None: the best of this machine.
+    isa: instruction set of the native kernel, one of `native.ISAS`; None: the best of this machine.
     num_threads: threads of the native kernel; None: `torch.get_num_threads()`.
 
     Returns

@@ -1,10 +1,11 @@
 // The algorithm, written once over a vector of 16 floats `F` and compiled once per instruction set. The file that
 // includes this one defines, in the same anonymous namespace, F and I (16 floats, 16 dwords), load, store, set1, add,
-// sub, mul, div, fma, max, prefetch, round, times_pow2, fraction, times_pow2_floor, any_greater, abs_of, with_sign_of,
-// hsum, hsum16, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, load_line, shift_right,
-// decode_low, transpose16 and kAccumulators, the F that fit its registers, and includes math.inl, operands.inl, one of
-// codes.inl and dots.inl, and products.inl before. Nothing here may be shared between the builds: the linker would keep
-// one copy, with instructions that a machine may lack. So no std:: templates either.
+// sub, mul, div, fma, max, prefetch, prefetch_far, round, times_pow2, fraction, times_pow2_floor, any_greater, abs_of,
+// with_sign_of, hsum, hsum16, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, load_line,
+// shift_right, decode_low, transpose16 and kAccumulators, the F that fit its registers, and includes math.inl,
+// operands.inl, one of codes.inl and dots.inl, products.inl, and one of bfloats.inl and bfloat_dots.inl before. Nothing
+// here may be shared between the builds: the linker would keep one copy, with instructions that a machine may lack. So
+// no std:: templates either.
 
 constexpr int kTileVectors = kPageTokens / kLanes;
 constexpr float kInfinity = __builtin_inff();
@@ -119,19 +120,22 @@ inline void update_softmax(const Problem &p, const Batch &batch, int64_t query, 
     store(sum, total);
 }
 
+// What queries are multiplied with before anything else.
+inline float query_scale(const Problem &p) { return p.softcap != 0.f ? p.scale / p.softcap : p.scale * kLog2E; }
+
 // Logits of M queries with the keys of a batch.
 template <int M>
-void multiply_keys(const Batch &batch, int64_t head_dim, const float *q, int64_t dim, const Scratch &scratch,
+void multiply_keys(const Problem &p, const Batch &batch, const float *q, int64_t dim, const Scratch &scratch,
                    float *logits, int64_t stride) {
     if (!batch.plain_keys[0])
         return multiply<M>(batch.keys, batch.count, q, 0, dim, scratch, {kZeros, 0, 0, logits, stride, kPageTokens});
     if constexpr (M <= kMaxDirect)
         for (int64_t i = 0; i < batch.count; i++, logits += kPageTokens) {
-            const int64_t format = batch.entry->format, count = batch.visible[i];
+            const int64_t format = batch.entry->format, count = batch.visible[i], head_dim = p.head_dim;
             const uint8_t *keys = batch.plain_keys[i];
             if (format == kFloat) dot_keys<Floats, M>(keys, count, head_dim, q, dim, logits, stride);
             else if (format == kHalf) dot_keys<Halves, M>(keys, count, head_dim, q, dim, logits, stride);
-            else dot_keys<Bfloats, M>(keys, count, head_dim, q, dim, logits, stride);
+            else dot_bfloat_keys<M>(keys, count, head_dim, q, dim, query_scale(p), logits, stride);
         }
 }
 
@@ -142,7 +146,7 @@ void attend_vectors(const Problem &p, const Unit &unit, const Batch &batch, int6
     constexpr int64_t kStride = kBatch * kPageTokens;
     const int64_t dim = padded_dim(p);
     float *acc = out.acc + v * dim, *logits = scratch.logits;
-    multiply_keys<M>(batch, p.head_dim, scratch.q + v * dim, dim, scratch, logits, kStride);
+    multiply_keys<M>(p, batch, scratch.q + v * dim, dim, scratch, logits, kStride);
     for (int m = 0; m < M; m++) {  // rows share no tail; 32 bits, as a wide division takes longer than the softmax
         const int64_t query = static_cast<uint32_t>(v + m) / static_cast<uint32_t>(p.group);
         update_softmax(p, batch, unit.first + query, logits + m * kStride, out, v + m);
@@ -191,7 +195,7 @@ void place_operands(const SpanView &span, int64_t dim, bool in_place, int64_t ne
 // Copies the queries of a unit, scaled, one vector per query and head.
 void load_queries(const Problem &p, const Unit &unit, float *dst) {
     const int64_t dim = padded_dim(p);
-    const F scale = set1(p.softcap != 0.f ? p.scale / p.softcap : p.scale * kLog2E);
+    const F scale = set1(query_scale(p));
     for (int64_t v = 0; v < unit.num_vectors; v++) {
         const float *q = p.q + query_index(p, unit, v) * p.head_dim;
         for (int64_t c = 0; c < dim; c += kLanes)

@@ -24,6 +24,8 @@ constexpr int kAccumulators = 6;
 inline F load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float *p, F x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+// into the second level, as the first one has too few places for what is still on its way from memory
+inline void prefetch_far(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1); }
 inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -144,6 +146,7 @@ inline F hsum16(const F *x) {
 #include "operands.inl"
 #include "codes.inl"
 #include "products.inl"
+#include "bfloats.inl"
 #include "attend.inl"
 #include "dense.inl"
 #include "encode.inl"

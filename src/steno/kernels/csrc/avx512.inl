@@ -6,6 +6,8 @@ constexpr int kAccumulators = 24;
 inline F load(const float *p) { return _mm512_loadu_ps(p); }
 inline void store(float *p, F x) { _mm512_storeu_ps(p, x); }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+// into the second level, as the first one has too few places for what is still on its way from memory
+inline void prefetch_far(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1); }
 inline F set1(float x) { return _mm512_set1_ps(x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -73,20 +75,27 @@ inline void transpose16(F *x) {
     }
 }
 
-// The 16 lanes of each of x[0 .. 15] put together: lane i of the result is that of x[i].
+// The lanes of each of x[0 .. 3] put together within every 128 bits: lane i of the four belongs to x[i].
 template <F combine(F, F)>
-inline F reduce16(const F *x) {
-    F part[4];  // 128-bit lane l of part[k]: lane l of x[4 k .. 4 k + 3]
-    for (int k = 0; k < 4; k++) {
-        const F *y = x + 4 * k;
-        const F a = combine(_mm512_unpacklo_ps(y[0], y[1]), _mm512_unpackhi_ps(y[0], y[1]));
-        const F b = combine(_mm512_unpacklo_ps(y[2], y[3]), _mm512_unpackhi_ps(y[2], y[3]));
-        const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-        part[k] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-    }
+inline F reduce4(const F *x) {
+    const F a = combine(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const F b = combine(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return combine(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+}
+// Four results of reduce4 put together: lanes 4 k .. 4 k + 3 of the result are those of part[k].
+template <F combine(F, F)>
+inline F reduce_parts(const F *part) {
     const F p = combine(_mm512_shuffle_f32x4(part[0], part[1], 0x88), _mm512_shuffle_f32x4(part[0], part[1], 0xdd));
     const F q = combine(_mm512_shuffle_f32x4(part[2], part[3], 0x88), _mm512_shuffle_f32x4(part[2], part[3], 0xdd));
     return combine(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+}
+// The 16 lanes of each of x[0 .. 15] put together: lane i of the result is that of x[i].
+template <F combine(F, F)>
+inline F reduce16(const F *x) {
+    F part[4];
+    for (int k = 0; k < 4; k++) part[k] = reduce4<combine>(x + 4 * k);
+    return reduce_parts<combine>(part);
 }
 inline F hsum16(const F *x) { return reduce16<add>(x); }
 inline F hmax16(const F *x) { return reduce16<max>(x); }

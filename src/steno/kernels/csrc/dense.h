@@ -81,6 +81,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
+extern const Kernels kBf16Kernels;
 
 // -1: the best that is there. Null where the machine or the build lacks the instruction set.
 const Kernels *find_kernels(int32_t isa);

@@ -308,7 +308,7 @@ const Kernels *find_kernels(int32_t isa) {
     if (isa == -1) {
         static const Kernels *const best = [] {
             const Kernels *found = nullptr;
-            for (int32_t i = 3; !found; i--) found = find_kernels(i);
+            for (int32_t i = 4; !found; i--) found = find_kernels(i);
             return found;
         }();
         return best;
@@ -322,6 +322,8 @@ const Kernels *find_kernels(int32_t isa) {
     if (isa == 1) return avx2 && kAvx2Kernels.attend ? &kAvx2Kernels : nullptr;
     if (isa == 2) return avx512 && kAvx512Kernels.attend ? &kAvx512Kernels : nullptr;
     if (isa == 3) return vnni && kVnniKernels.attend ? &kVnniKernels : nullptr;
+    if (isa == 4)
+        return vnni && __builtin_cpu_supports("avx512bf16") && kBf16Kernels.attend ? &kBf16Kernels : nullptr;
 #endif
     return isa == 0 ? &kPortableKernels : nullptr;
 }

@@ -21,6 +21,7 @@ inline I as_bits(F x) { return reinterpret_cast<I>(x); }
 inline F load(const float *p) { return read<F>(p); }
 inline void store(float *p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 inline void prefetch(const void *p) { __builtin_prefetch(p); }
+inline void prefetch_far(const void *p) { __builtin_prefetch(p); }
 inline F set1(float x) { return F{} + x; }
 inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
@@ -95,6 +96,7 @@ inline F hsum16(const F *x) {
 #include "operands.inl"
 #include "codes.inl"
 #include "products.inl"
+#include "bfloats.inl"
 #include "attend.inl"
 #include "dense.inl"
 #include "encode.inl"

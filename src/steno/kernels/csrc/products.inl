@@ -12,7 +12,7 @@ inline void multiply_blocks(const Operand &a, int64_t block, const float *x, int
     const int64_t step = a.blocks * kBytes, next = a.next_codes;
     const uint8_t *row = a.codes + block * kBytes;
     for (int64_t r = 0; r < a.rows; r++, row += step) {
-        for (int64_t i = 0; i < N * kBytes; i += 64) prefetch(row + next + i);
+        for (int64_t i = 0; i < N * kBytes; i += 64) prefetch_far(row + next + i);
         F y[N];
         unroll<N>([&](auto n) STENO_INLINE { y[n] = Numbers::read(row + n * kBytes); });
         unroll<M>([&](auto m) STENO_INLINE {
@@ -33,6 +33,10 @@ inline void multiply_numbers(const Operand &a, const float *x, int64_t x_stride,
     for (; block < a.blocks; block++) multiply_blocks<Numbers, M, 1>(a, block, x, x_stride, t);
 }
 
+// One of bfloats.inl and bfloat_dots.inl.
+template <int M>
+inline void multiply_bfloats(const Operand &a, const float *x, int64_t x_stride, const Target &t);
+
 // The products of a batch of matrices of one format and shape: x [count][M][x_stride], queries or weights.
 template <int M>
 inline void multiply(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
@@ -47,7 +51,7 @@ inline void multiply(const Operand *a, int64_t count, const float *x, int64_t x_
     for (int64_t i = 0; i < count; i++, a++, x += x_step, t.start += t.start_step, t.out += t.out_step) {
         if (a->format == kFloat) multiply_numbers<Floats, M>(*a, x, x_stride, t);
         if constexpr (M <= kMaxDirect) {
-            if (a->format == kBfloat16) multiply_numbers<Bfloats, M>(*a, x, x_stride, t);
+            if (a->format == kBfloat16) multiply_bfloats<M>(*a, x, x_stride, t);
             if (a->format == kHalf) multiply_numbers<Halves, M>(*a, x, x_stride, t);
         }
     }
@@ -66,7 +70,7 @@ inline void dot_keys(const uint8_t *keys, int64_t count, int64_t dim, const floa
             for (int m = 0; m < M; m++) acc[m] = set1(0.f);
             if (t + i < count) {
                 const uint8_t *key = keys + (t + i) * step;
-                for (int64_t at = 0; at < step; at += 64) prefetch(key + kPageTokens * step + at);
+                for (int64_t at = 0; at < step; at += 64) prefetch_far(key + kPageTokens * step + at);
                 for (int64_t c = 0; c < whole; c += kLanes) {
                     const F y = Numbers::read(key + c * Numbers::kBytes);
                     for (int m = 0; m < M; m++) acc[m] = fma(load(x + m * x_stride + c), y, acc[m]);

@@ -19,6 +19,7 @@ namespace {
 #include "operands.inl"
 #include "dots.inl"
 #include "products.inl"
+#include "bfloats.inl"
 #include "attend.inl"
 #include "dense.inl"
 #include "encode.inl"
