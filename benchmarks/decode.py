@@ -6,8 +6,9 @@ the storages), so a step reads as many bytes as rows that were read apart. Rows 
 is a row with `skipped`. Times are of one step of the whole batch, after 4 steps that are not counted; `others_load` is how
 many cores other processes kept busy meanwhile: where it is not near 0, the times say little.
 
-Contenders are recipes, run in float32, and transformers' own caches with SDPA: `DynamicCache float32`,
-`DynamicCache bfloat16` and, at 8 x 4,096 alone and where optimum-quanto is installed, `QuantizedCache float32`.
+Contenders are recipes, run in the dtype that steno.load chooses on this machine, and transformers' own caches with SDPA,
+DynamicCache and, at 8 x 4,096 alone and where optimum-quanto is installed, QuantizedCache of 4 bits, each in float32 and in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from transformers.utils import is_optimum_quanto_available
 import steno
 from steno.types import Need
 
-HOSTS = ("DynamicCache bfloat16", "DynamicCache float32", "QuantizedCache float32")
+HOSTS = ("DynamicCache bfloat16", "DynamicCache float32", "QuantizedCache bfloat16", "QuantizedCache float32")
 RECIPES = (
     "full",
     "int4 @ 100%",
@@ -72,10 +73,10 @@ class Models:
     """The model in the dtypes asked for, each loaded when it is first needed, the one before let go."""
 
     def __init__(self, source: str) -> None:
-        self.load = lru_cache(maxsize=1)(lambda dtype: steno.load(source, dtype=dtype))
+        self.load = lru_cache(maxsize=1)(lambda dtype: steno.load(source, dtype=dtype))  # None: steno's choice
 
     def of(self, contender: str) -> steno.LanguageModel:
-        lm = self.load("bfloat16" if contender == "DynamicCache bfloat16" else "float32")
+        lm = self.load(contender.split()[-1] if contender in HOSTS else None)
         lm.model.set_attn_implementation("sdpa" if contender in HOSTS else "steno")
         return lm
 
@@ -139,7 +140,8 @@ def measure(
     timeline = generate(lm.model, cache, ids.repeat(batch, 1), request)
     low, median, high = quartiles(timeline.step_s)
     return {
-        "tokens": ids.shape[1], "steps": len(timeline.step_s), "median_s": median, "low_s": low, "high_s": high,
+        "dtype": str(lm.model.dtype).removeprefix("torch."), "tokens": ids.shape[1],
+        "steps": len(timeline.step_s), "median_s": median, "low_s": low, "high_s": high,
         "tokens_per_s": batch / median, "kv_bytes": kv_bytes(cache), "others_load": others.cores(),
     }  # fmt: skip
 
@@ -153,7 +155,7 @@ def bench(models: Models, args: argparse.Namespace, done: set[tuple[Any, ...]], 
             batches = []
             for batch in args.batch:
                 row = machine | {"contender": contender, "batch": batch, "context": context}
-                wanted = contender != "QuantizedCache float32" or (batch, context) == QUANTIZED_SHAPE
+                wanted = not contender.startswith("QuantizedCache") or (batch, context) == QUANTIZED_SHAPE
                 if wanted and tuple(row[field] for field in KEY) not in done:
                     batches.append((batch, row))
             if not batches:
@@ -204,9 +206,9 @@ def parse_args() -> argparse.Namespace:
     if args.steps < 2 or ((args.resume or args.picture) and not args.json):
         parser.error("--steps must be >= 2; --resume and --picture need --json")
     hosts = [] if args.no_host else args.host or list(HOSTS)
-    if HOSTS[2] in hosts and not is_optimum_quanto_available():
-        notice(f"{HOSTS[2]}: optimum-quanto is not installed, left out")
-        hosts.remove(HOSTS[2])
+    if not is_optimum_quanto_available():
+        notice("QuantizedCache: optimum-quanto is not installed, left out")
+        hosts = [host for host in hosts if not host.startswith("QuantizedCache")]
     args.contender = [*hosts, *(args.recipe or RECIPES)]
     args.batch = args.batch or [1, 4, 8, 16]
     args.context = args.context or [1024, 2048, 4096, 8192]
