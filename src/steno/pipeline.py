@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, PageSelector, Selection
+from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -43,6 +44,11 @@ class RecipePolicy:
     @property
     def page_format(self) -> PageFormat | None:
         return self.recipe.quantize.page_format if self.recipe.quantize is not None else None
+
+    @property
+    def encoder(self) -> SegmentEncoder | None:
+        quantizer = self.recipe.quantize
+        return cast(SegmentEncoder, quantizer) if quantizer is not None and quantizer.page_format is None else None
 
     @property
     def residual_tokens(self) -> int:
@@ -85,31 +91,53 @@ class RecipePolicy:
         """The most tokens per head whose layer surely fits its share of a budget in bytes."""
         heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
         layer_bytes = (self.recipe.budget.bytes or 0) // num_layers
-        dense = 2 * dim * size  # one token of one head
+        counts = 4 if self.recipe.merge is not None and self.recipe.merge.counts_tokens else 0
+        dense = 2 * dim * size + counts  # one token of one head
+        bounds = 0
         if self.selector is not None:
-            dense += -(-2 * dim * size // PAGE_TOKENS)  # its share of the page's key bounds
+            bounds = -(-2 * dim * size // PAGE_TOKENS)  # its share of the page's key bounds
         fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
         if self.selector is not None:
             fixed += heads * 2 * dim * size  # the bounds of a page that is not full
         room = layer_bytes - fixed
-        if self.page_format is None:
+        if self.encoder is not None:
+            tokens = self._encoded_tokens_in(room, kv, dense)
+        elif self.page_format is None:
             slots = 8 if self.evictor is not None else 0
-            tokens = room // (heads * (dense + slots)) - (1 if self.evictor is not None else 0)
+            tokens = room // (heads * (dense + bounds + slots)) - (1 if self.evictor is not None else 0)
         else:
             # the worst case: every head holds a dense remainder just below a page or a residual
             remainder = max(PAGE_TOKENS, self.residual_tokens) - 1
-            per_page = page_bytes(self.page_format, dim) + (dense - 2 * dim * size) * PAGE_TOKENS
-            whole = room - heads * remainder * dense
+            per_page = page_bytes(self.page_format, dim) + (bounds + counts) * PAGE_TOKENS
+            whole = room - heads * remainder * (dense + bounds)
             if whole >= heads * per_page:
                 tokens = whole // (heads * per_page) * PAGE_TOKENS
             else:
-                tokens = min(remainder, room // (heads * dense))
+                tokens = min(remainder, room // (heads * (dense + bounds)))
         if tokens < 1 and kv.num_tokens:
             raise BudgetError(
                 f"a budget of {self.recipe.budget} is {layer_bytes} bytes per layer, too little for one token per KV head: "
-                f"it must be at least {num_layers * (fixed + 2 * heads * (dense + 8))} bytes."
+                f"it must be at least {num_layers * (fixed + 2 * heads * (dense + bounds + 8))} bytes."
             )
         return tokens
+
+    def _encoded_tokens_in(self, room: int, kv: LayerKV, dense: int) -> int:
+        """The most tokens per head that an encoder surely stores in `room` bytes, a remainder of one chunk dense."""
+        assert self.encoder is not None
+        heads, dim = kv.num_kv_heads, kv.head_dim
+        remainder = heads * (self.encoder.chunk_tokens - 1) * dense
+
+        def fits(tokens: int) -> bool:
+            bound = self.encoder.bytes_bound(tokens, num_kv_heads=heads, head_dim=dim) if self.encoder else None
+            if bound is None:
+                name = self.recipe.quantize.id if self.recipe.quantize is not None else ""
+                raise BudgetError(
+                    f"{name} cannot say how many bytes it needs, so a budget of {self.recipe.budget} cannot be kept: give "
+                    "tokens per KV head (`512`) or a share of the prompt (`20%`)."
+                )
+            return bound + remainder <= room
+
+        return bisect_left(range(1, kv.num_tokens + 1), True, key=lambda tokens: not fits(tokens))
 
     def select(self, kv: LayerKV, observation: Observation) -> Selection:
         """Which tokens stay; ties go to the earlier token."""
@@ -133,9 +161,17 @@ class RecipePolicy:
         )
         order = scores.argsort(dim=1, descending=True, stable=True)
         kept = [order[h, :n].sort().values for h, n in enumerate(counts.tolist())]
-        merged = (self.recipe.merge or Evict()).merge(kv, _mask(kept, kv.num_tokens))
+        mask = _mask(kept, kv.num_tokens)
+        merged = (self.recipe.merge or Evict()).merge(kv, mask, scores, observation)
+        if merged.kept is not mask:
+            kept = [row.nonzero()[:, 0] for row in merged.kept]
         return Selection(
-            kv=merged, kept=kept, state=[s[i] for s, i in zip(state, kept, strict=True)] if state is not None else None
+            kv=merged.kv,
+            kept=kept,
+            state=[s[i] for s, i in zip(state, kept, strict=True)] if state is not None else None,
+            log_counts=[c[i].log() for c, i in zip(merged.counts, kept, strict=True)]
+            if merged.counts is not None
+            else None,
         )
 
 

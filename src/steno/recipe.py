@@ -153,6 +153,11 @@ class Recipe:
                 raise BudgetError(
                     f"a budget of {self.budget} needs a method that chooses tokens: e.g. `snapkv @ {self.budget}`."
                 )
+        elif self.score.evicts_while_decoding and self.merge is not None and self.merge.counts_tokens:
+            raise RecipeError(
+                f"{self.score.id} evicts single tokens at every step, and {self.merge.id} makes entries that stand for "
+                "several: choose a one-shot scorer such as snapkv."
+            )
         elif self.score.evicts_while_decoding and self.quantize is not None:
             raise RecipeError(
                 f"{self.score.id} evicts single tokens at every step and pages are encoded only once: use it without "

@@ -23,6 +23,8 @@ class Need(Enum):
     """The attention that each token received, summed over the queries of the prompt; gathered block by block."""
     REPLAY = auto()
     """The largest attention that each token receives while the model repeats the context."""
+    ROPE = auto()
+    """The rotary embedding of the layer, to take the rotation of keys back and to give it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,48 @@ class Observation:
     query_cov: Tensor | None = None
     attention_mass: Tensor | None = None
     replay_mass: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A layer in which the kept tokens stand for all.
+
+    kv: as before, with keys and values of the kept entries changed; kept: `[Hkv, S]` bool, which entries stay, never more
+    of a head than there were. counts: `[Hkv, S]` fp32 >= 1, how many tokens a kept entry stands for (`+log n` on its
+    logit); None: one each.
+    """
+
+    kv: LayerKV
+    kept: Tensor
+    counts: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """Tokens of one sequence of one layer that become a segment; heads may differ in length, and in which tokens they hold.
+
+    keys, values: `[n_h, D]` per KV head; positions: `[n_h]` int64 per KV head, the true positions, ascending.
+    log_counts: `[n_h]` fp32 per KV head, to be added to the logits; None: nothing is added.
+    rope: given to those who declare `Need.ROPE`. observation: of the prompt; None for tokens that came after it.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: list[Tensor]
+    layer_idx: int
+    num_layers: int
+    log_counts: list[Tensor] | None = None
+    rope: Rope | None = None
+    observation: Observation | None = None
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.observation is not None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens per KV head."""
+        return tuple(len(k) for k in self.keys)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from steno import methods
-from steno.methods import Access, Allocator, Evictor, Merger, Method, Quantizer, Scorer
-from steno.types import PAGE_TOKENS, LayerKV, Need, Observation, Rope
+from steno.cache.accounting import held_bytes, tensors_of
+from steno.kernels.attention import attend_heads
+from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer
+from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
 NAMESPACE = {cls.__name__: cls for cls in methods.METHODS.values()}
 
@@ -118,21 +122,101 @@ def check_allocator(
     return counts
 
 
-def check_merger(merger: Merger) -> None:
-    """The kept tokens stay where they are."""
-    kv, _ = make_layer(7)
-    merged = merger.merge(kv, torch.ones(2, 7, dtype=torch.bool))
-    assert torch.equal(merged.keys, kv.keys)
-    assert torch.equal(merged.values, kv.values)
+def check_merger(merger: Merger, num_tokens: int, *, seed: int = 0, **kwargs: object) -> None:
+    """Finite, input unchanged, the same twice, within the budget of each head; if all is kept, nothing changes."""
+    kv, obs = make_layer(num_tokens, seed=seed, **kwargs)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(kv.num_kv_heads, num_tokens, generator=g)
+    kept = scores > torch.rand(kv.num_kv_heads, 1, generator=g)
+    kept[:, -1] = True
+    before = [t.clone() for t in (*tensors(kv), *tensors(obs), scores, kept)]
+    merged, again = (merger.merge(kv, kept, scores, obs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs), scores, kept), strict=True))
+    for x, like in ((merged.kv.keys, kv.keys), (merged.kv.values, kv.values), (merged.kept, kept)):
+        assert (x.shape, x.dtype) == (like.shape, like.dtype)
+    assert torch.equal(merged.kv.positions, kv.positions)
+    assert torch.isfinite(merged.kv.keys).all()
+    assert torch.isfinite(merged.kv.values).all()
+    assert (merged.kept.sum(1) >= 1).all()
+    assert (merged.kept.sum(1) <= kept.sum(1)).all()
+    pairs = zip((*tensors(merged.kv), merged.kept), (*tensors(again.kv), again.kept), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    if merged.counts is not None:
+        assert merger.counts_tokens
+        assert (merged.counts.shape, merged.counts.dtype) == (kept.shape, torch.float32)
+        assert (merged.counts[merged.kept] >= 1).all()
+        assert torch.equal(merged.counts, again.counts)
+        total = (merged.counts * merged.kept).sum(1)
+        assert (total <= num_tokens * (1 + 1e-6)).all()
+    whole = merger.merge(kv, torch.ones_like(kept), scores, obs)
+    assert torch.equal(whole.kv.keys, kv.keys)
+    assert torch.equal(whole.kv.values, kv.values)
+    assert whole.kept.all()
+    assert whole.counts is None or (whole.counts == 1).all()
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Groups divide a page, and the tail closes at page borders."""
+    """Groups divide a page, and the tail closes at page borders, or at those of an encoder's chunks."""
     page = quantizer.page_format
+    assert quantizer.residual_tokens > 0
+    if page is None:
+        assert quantizer.residual_tokens % cast(Encoder, quantizer).chunk_tokens == 0
+        return
     assert page.bits in (2, 4, 8)
     assert PAGE_TOKENS % page.key_group == 0
-    assert quantizer.residual_tokens > 0
     assert quantizer.residual_tokens % PAGE_TOKENS == 0
+
+
+def check_encoder(
+    encoder: Encoder, lengths: Sequence[int], dim: int, *, group: int, prompt: bool, seed: int = 0
+) -> None:
+    """Shape, finite, input unchanged, nothing of it shared, the same twice, within the bound of bytes; attends as it decodes.
+
+    lengths: of each KV head; chunks of the encoder are rounded up to.
+    """
+    g = torch.Generator().manual_seed(seed)
+    chunk = encoder.chunk_tokens
+    lengths = [-(-n // chunk) * chunk for n in lengths]
+    longest, heads = max(lengths), len(lengths)
+    kv, obs = make_layer(2 * longest, hkv=heads, group=group, dim=dim, window=64, seed=seed)
+    positions = [torch.randperm(2 * longest, generator=g)[:n].sort().values for n in lengths]
+    for counted in (False, True):
+        tokens = KeptTokens(
+            keys=[kv.keys[h, p] for h, p in enumerate(positions)],
+            values=[kv.values[h, p] for h, p in enumerate(positions)],
+            positions=positions,
+            log_counts=[torch.rand(n, generator=g) for n in lengths] if counted else None,
+            layer_idx=1,
+            num_layers=4,
+            rope=obs.rope if Need.ROPE in encoder.needs else None,
+            observation=obs if prompt else None,
+        )
+        inputs = [*tokens.keys, *tokens.values, *tokens.positions, *(tokens.log_counts or [])]
+        before = [x.clone() for x in inputs]
+        segment, again = encoder.encode(tokens), encoder.encode(tokens)
+        assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+        mine = {x.untyped_storage().data_ptr() for x in inputs}
+        assert not mine & {x.untyped_storage().data_ptr() for x in tensors_of(segment) if x.numel()}
+        assert segment.lengths == tuple(lengths)
+        decoded = segment.decode(torch.float32)
+        for (k, v), (k2, v2), n in zip(decoded, again.decode(torch.float32), lengths, strict=True):
+            assert k.shape == v.shape == (n, dim)
+            assert torch.isfinite(k).all()
+            assert torch.isfinite(v).all()
+            assert torch.equal(k, k2)
+            assert torch.equal(v, v2)
+        q = torch.randn(heads * group, 2, dim, generator=g)
+        out, lse = segment.attend(q, dim**-0.5)
+        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, log_counts=tokens.log_counts)
+        assert torch.allclose(out, expected, atol=1e-3, rtol=1e-3)
+        assert torch.allclose(lse, expected_lse, atol=1e-3, rtol=1e-3)
+        bound = encoder.bytes_bound(sum(lengths) // heads, num_kv_heads=heads, head_dim=dim)
+        if bound is not None and sum(lengths) % heads == 0:
+            counts = 4 * sum(lengths) if counted else 0
+            assert held_bytes(segment) <= bound + counts
+        for shorter in ([n // 2 for n in lengths], [0] * heads):
+            parts = segment.prefix(shorter, torch.float32)
+            assert [sum(part.lengths[h] for part in parts) for h in range(heads)] == shorter
 
 
 def check_access(access: Access) -> None:

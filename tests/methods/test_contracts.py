@@ -12,6 +12,7 @@ import torch
 from contracts import (
     check_access,
     check_allocator,
+    check_encoder,
     check_evictor,
     check_merger,
     check_method,
@@ -31,6 +32,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "expected_attention": {"n_sink": 2, "future_positions": 5},
     "kvzip": {"n_sink": 2},
 }
+
+
+ENCODERS = [cls for cls in methods.QUANTIZERS.values() if cast(Any, cls)().page_format is None]
 
 
 def small(cls: Any) -> Any:
@@ -95,13 +99,28 @@ def test_allocator(
 
 
 @pytest.mark.parametrize("cls", methods.MERGERS.values(), ids=lambda cls: cls.id)
-def test_merger(cls: Any) -> None:
-    check_merger(cls())
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    hkv=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 8]),
+    num_tokens=st.integers(1, 33),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_merger(cls: Any, seed: int, hkv: int, group: int, num_tokens: int, dtype: torch.dtype) -> None:
+    check_merger(cls(), num_tokens, seed=seed, hkv=hkv, group=group, dtype=dtype)
 
 
 @pytest.mark.parametrize("cls", methods.QUANTIZERS.values(), ids=lambda cls: cls.id)
 def test_quantizer(cls: Any) -> None:
     check_quantizer(cls())
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "tail"])
+@pytest.mark.parametrize(("lengths", "dim", "group"), [([1], 64, 1), ([64, 64], 80, 3), ([130, 7, 0], 128, 8)])
+@pytest.mark.parametrize("cls", ENCODERS, ids=lambda cls: cls.id)
+def test_encoder(cls: Any, lengths: list[int], dim: int, group: int, prompt: bool) -> None:
+    check_encoder(small(cls), lengths, dim, group=group, prompt=prompt)
 
 
 @pytest.mark.parametrize("cls", methods.ACCESSORS.values(), ids=lambda cls: cls.id)

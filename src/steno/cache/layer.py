@@ -276,6 +276,7 @@ class LayerCache(CacheLayerMixin):
             layer_idx=self.layer_idx,
             num_layers=self.num_layers,
             replay_mass=replay_mass,
+            rope=prompt.rope,
         )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)

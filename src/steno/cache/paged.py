@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from steno.cache.policy import PageSelector
 from steno.cache.row import Row, unpack_kept
-from steno.cache.segment import DenseSegment, HeadKV, PagedSegment
+from steno.cache.segment import HeadKV, Segment
 from steno.cache.tail import Tail
 from steno.cache.tokens import NewTokens
+from steno.cache.write import SegmentWriter
 from steno.errors import CacheError, IntegrityError
-from steno.kernels.attention import Append, Span, SpanTable, attend
+from steno.kernels.attention import Append, Span, SpanTable, attend, merge_attention
 from steno.kernels.attention.prefill import causal_attention
-from steno.types import PAGE_TOKENS, PageFormat
+from steno.types import PAGE_TOKENS
+
+COUNTED_BLOCK = 512
+"""New tokens that attend at a time to segments with counts."""
 
 
 class PagedRows:
     """B sequences of one layer, each a `Row`, and their common `Tail`. Mutable; the segments are not.
 
-    fmt: format of new pages, None for dense segments; residual: tokens the tail gathers before it becomes pages;
-    summarize: whether segments carry the key bounds that page selection reads.
+    writer: how tokens become segments.
     """
 
-    def __init__(
-        self, rows: list[Row], tail: Tail, *, fmt: PageFormat | None, residual: int, summarize: bool = False
-    ) -> None:
-        self.rows, self.tail = rows, tail
-        self.fmt, self.residual, self.summarize = fmt, residual, summarize
+    def __init__(self, rows: list[Row], tail: Tail, writer: SegmentWriter) -> None:
+        self.rows, self.tail, self.writer = rows, tail, writer
+        self.residual = writer.policy.residual_tokens
         self._table = self._build_table()
 
     @property
@@ -49,10 +48,15 @@ class PagedRows:
 
     def _build_table(self) -> SpanTable:
         rows: list[list[list[Span]]] = []
-        for row in self.rows:
+        self._alone: list[tuple[int, Segment]] = []
+        for b, row in enumerate(self.rows):
             heads: list[list[Span]] = [[] for _ in range(self.num_kv_heads)]
             for segment in row.segments:
-                for head, span in zip(heads, segment.spans(), strict=True):
+                spans = segment.spans()
+                if spans is None:
+                    self._alone.append((b, segment))
+                    continue
+                for head, span in zip(heads, spans, strict=True):
                     head.append(span)
             rows.append(heads)
         return SpanTable.build(rows, head_dim=self.tail.keys.shape[3], tail=(self.tail.keys, self.tail.values))
@@ -60,17 +64,33 @@ class PagedRows:
     def step(self, new: NewTokens, selector: PageSelector | None = None) -> tuple[Tensor, Tensor]:
         """Appends new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`."""
         self.flush()
+        out, lse = self._append_and_attend(new, selector)
+        if new.num_new == 1:
+            self.flush()  # tokens of a longer step may still be rolled back, so they wait for the next one
+        return out, lse
+
+    def _append_and_attend(self, new: NewTokens, selector: PageSelector | None) -> tuple[Tensor, Tensor]:
         table = self._table_with_room(new.num_new)
         append: Append | None = (new.k, new.v, new.counts)
+        q = new.q.float() if self._alone else new.q  # parts are rounded once, when they are put together
         if selector is not None and new.num_new == 1:
             table.append(new.k, new.v, new.counts)
             self.tail.lengths, append = list(table.tail_lengths), None
             table = self._select_pages(table, new.q, selector)
-        out, lse = attend(new.q, table, append=append, scale=new.scale, softcap=new.softcap)
+        out, lse = attend(q, table, append=append, scale=new.scale, softcap=new.softcap)
         self.tail.lengths = list(table.tail_lengths)
-        if new.num_new == 1:
-            self.flush()  # tokens of a longer step may still be rolled back, so they wait for the next one
-        return out, lse
+        if self._alone:
+            out, lse = self._with_those_alone(q, out, lse, new)
+        return out.to(new.q.dtype), lse
+
+    def _with_those_alone(self, q: Tensor, out: Tensor, lse: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Adds the segments that attend by themselves to the attention over all others, row by row."""
+        outs, lses = out.clone(), lse.clone()
+        for b in {b for b, _ in self._alone}:
+            parts = [segment.attend(q[b], new.scale, new.softcap) for row, segment in self._alone if row == b]
+            every = [(out[b], lse[b]), *parts]
+            outs[b], lses[b] = merge_attention([part for part, _ in every], [part for _, part in every])
+        return outs, lses
 
     def _table_with_room(self, num_new: int) -> SpanTable:
         if self.tail.reserve(num_new):
@@ -78,29 +98,36 @@ class PagedRows:
         return self.table()
 
     def flush(self) -> None:
-        """Turns full residuals of the tail into pages (or dense segments), those of all rows at once."""
+        """Turns full residuals of the tail into segments, those of all rows at once."""
         if max(self.tail.lengths) < self.residual:
             return
         counts = [n // self.residual * self.residual for n in self.tail.lengths]
         for count in {*counts} - {0}:
             rows = [b for b, n in enumerate(counts) if n == count]
-            for b, segment in zip(rows, self._encode(*self.tail.oldest(rows, count)), strict=True):
+            positions = [self._tail_positions(b, count) for b in rows] if self.writer.needs_positions else None
+            segments = self.writer.write_tail(*self.tail.oldest(rows, count), positions)
+            for b, segment in zip(rows, segments, strict=True):
                 self.rows[b].push(segment)
         self.tail.drop(counts)
         self.tail.shrink()
         self._table = self._build_table()
 
-    def _encode(self, keys: Tensor, values: Tensor) -> Sequence[DenseSegment | PagedSegment]:
-        """A segment for each row of keys and values `[R, Hkv, n, D]`."""
-        if self.fmt is not None:
-            return PagedSegment.encode_rows(keys, values, self.fmt, summarize=self.summarize)
-        # clones, as the tail goes on with its buffer
-        pairs = zip(keys.clone(), values.clone(), strict=True)
-        return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in pairs]
+    def _tail_positions(self, b: int, count: int) -> list[Tensor]:
+        """True positions `[count]`, per head, of the oldest tokens in the tail of a row."""
+        row, held = self.rows[b], self.held_tokens()[b]
+        kept = held if row.kept is None else [len(index) for index in unpack_kept(row.kept)]
+        seen = held[0] if row.kept is None else row.prompt_tokens + held[0] - kept[0]
+        first = [n - self.tail.lengths[b] for n in held]
+        return [p[n : n + count].to(self.tail.keys.device) for p, n in zip(self.positions(b, seen), first, strict=True)]
 
     def extend(self, new: NewTokens) -> Tensor:
         """Like `step` for many new tokens: held tokens are decoded once, row by row, and dense attention does the rest."""
         self.flush()
+        if any(segment.log_counts is not None for row in self.rows for segment in row.segments):
+            # dense attention knows no counts
+            starts = range(0, new.num_new, COUNTED_BLOCK)
+            parts = [new.part(a, min(a + COUNTED_BLOCK, new.num_new)) for a in starts]
+            return torch.cat([part.with_sinks(*self._append_and_attend(part, None)) for part in parts], dim=2)
         out = torch.zeros_like(new.q)
         for b, count in enumerate(new.row_counts):
             if count:
@@ -148,7 +175,8 @@ class PagedRows:
         page_ids: dict[int, Tensor] = {}
         span = 0
         for b, row in enumerate(self.rows):
-            bounds = [segment.summaries for segment in row.segments]
+            segments = [segment for segment in row.segments if segment.spans() is not None]
+            bounds = [segment.summaries for segment in segments]
             for h in range(self.num_kv_heads):
                 heads = [s[h] for s in bounds if s is not None]
                 if heads:
@@ -162,7 +190,7 @@ class PagedRows:
                         last = first + head_low.shape[0]
                         page_ids[span + i] = (best[(best >= first) & (best < last)] - first).to(torch.int32)
                         first = last
-                span += len(row.segments) + 1
+                span += len(segments) + 1
         return table.with_page_ids(page_ids)
 
     def check_crop(self, count: int, seen: list[int]) -> None:
@@ -197,7 +225,7 @@ class PagedRows:
     def select(self, rows: list[int]) -> PagedRows:
         """Copy-on-write: the given rows in that order, sharing segments and copying the tail."""
         forks = [self.rows[r].fork() for r in rows]
-        return PagedRows(forks, self.tail.select(rows), fmt=self.fmt, residual=self.residual, summarize=self.summarize)
+        return PagedRows(forks, self.tail.select(rows), self.writer)
 
     def check_integrity(self, seen: list[int]) -> None:
         """Raises IntegrityError if held tokens and positions disagree."""

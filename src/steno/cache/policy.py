@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from steno.types import LayerKV, Need, Observation, PageFormat
+from steno.types import KeptTokens, LayerKV, Need, Observation, PageFormat
+
+if TYPE_CHECKING:
+    from steno.cache.segment import Segment
 
 
 class Evictor(Protocol):
@@ -32,17 +35,36 @@ class PageSelector(Protocol):
     def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor: ...
 
 
+class SegmentEncoder(Protocol):
+    """A quantize method without a page format: it makes its own segments."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Lengths that `encode` takes are multiples of this; what is left of a prompt stays dense."""
+        ...
+
+    def encode(self, tokens: KeptTokens) -> Segment:
+        """A segment of these tokens, which share no memory with it; each token is encoded once."""
+        ...
+
+    def bytes_bound(self, num_tokens: int, *, num_kv_heads: int, head_dim: int) -> int | None:
+        """The most bytes that `num_tokens` per KV head, on average, can take in one segment; None if there is no bound."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which tokens of the prompt stay.
 
     kv: the prompt, after merging. kept: per KV head the indices, ascending; None if all stay.
-    state: per KV head the evictor's state of the kept tokens.
+    state: per KV head the evictor's state of the kept tokens. log_counts: per KV head what is added to the logits of the
+    kept tokens, `[n_h]` fp32; None if every entry is one token.
     """
 
     kv: LayerKV
     kept: list[Tensor] | None = None
     state: list[Tensor] | None = None
+    log_counts: list[Tensor] | None = None
 
 
 class LayerPolicy(Protocol):
@@ -59,6 +81,11 @@ class LayerPolicy(Protocol):
 
     @property
     def page_format(self) -> PageFormat | None: ...
+
+    @property
+    def encoder(self) -> SegmentEncoder | None:
+        """What makes segments where there is no page format; None for dense ones."""
+        ...
 
     @property
     def residual_tokens(self) -> int: ...

@@ -49,8 +49,9 @@ class Prompt:
     """
 
     def __init__(self, policy: LayerPolicy, rope_of: Callable[[torch.device], Rope | None], new: NewTokens) -> None:
-        rope = rope_of(new.q.device) if Need.QUERY_STATISTICS in policy.needs else None
+        rope = rope_of(new.q.device) if policy.needs & {Need.QUERY_STATISTICS, Need.ROPE} else None
         self.policy = policy
+        self.rope = rope if Need.ROPE in policy.needs else None
         self.rows: list[HeadKV] = [(k[:, :0], v[:, :0]) for k, v in zip(new.k, new.v, strict=True)]
         self.observers = [PromptObserver(policy, rope, scale=new.scale, softcap=new.softcap) for _ in new.q]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steno.cache.segment import Segment, merge_segments
+from steno.cache.segment import Segment
 
 
 def pack_kept(indices: list[Tensor], num_tokens: int) -> Tensor:
@@ -46,10 +46,10 @@ class Row:
         """Appends a segment; neighbours of similar size become one, so their number grows with the logarithm."""
         self.segments.append(segment)
         while len(self.segments) > 1 and max(self.segments[-1].lengths) >= max(self.segments[-2].lengths):
-            merged = merge_segments(self.segments[-2], self.segments[-1])
-            if merged is None:
+            joined = self.segments[-2].joined(self.segments[-1])
+            if joined is None:
                 return
-            self.segments[-2:] = [merged]
+            self.segments[-2:] = [joined]
 
     def lengths(self, num_kv_heads: int) -> list[int]:
         """Held tokens per head, without the tail."""

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend
+from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend, attend_heads
 from steno.kernels.quant import Pages, cat_pages, decode_pages, encode_pages
 from steno.types import PAGE_TOKENS, PageFormat
 
@@ -30,27 +30,52 @@ class Segment(ABC):
         """Held tokens per KV head."""
 
     @abstractmethod
-    def spans(self) -> list[Span]:
-        """One span per KV head, for the kernels."""
-
-    @abstractmethod
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         """Dense keys and values per KV head, `[n_h, D]` each."""
 
+    def spans(self) -> list[Span] | None:
+        """One span per KV head, for the kernels; None if there is no such form, and `attend` answers by itself."""
+        return None
+
     @property
-    @abstractmethod
+    def log_counts(self) -> list[Tensor] | None:
+        """Per head what is added to the logits, `[n_h]` fp32: the log of how many tokens each entry stands for."""
+        return None
+
+    @property
     def summaries(self) -> list[HeadKV] | None:
         """Per head the smallest and largest key of each page, `[P_h, D]` each; None if the recipe needs none."""
+        return None
 
-    @abstractmethod
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
-        """Segments that hold only the first `lengths[h]` tokens of each head; whole pages stay as they are."""
+        """Segments that hold only the first `lengths[h]` tokens of each head, as exactly as they are held here."""
+        if not any(lengths):
+            return []
+        heads = [(k[:n], v[:n]) for (k, v), n in zip(self.decode(dtype), lengths, strict=True)]
+        return [DenseSegment.of(heads, log_counts=_cut(self.log_counts, lengths))]
+
+    def joined(self, later: Segment) -> Segment | None:
+        """One segment in place of this one and its later neighbour; None if they do not fit together."""
+        return None
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention of q `[H, T, D]` over this segment alone: out `[H, T, D]` and log-sum-exp `[H, T]`."""
-        table = SpanTable.build([[[span] for span in self.spans()]], head_dim=q.shape[-1])
+        spans = self.spans()
+        if spans is None:
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            return attend_heads(q, self.decode(dtype), scale=scale, softcap=softcap, log_counts=self.log_counts)
+        table = SpanTable.build([[[span] for span in spans]], head_dim=q.shape[-1])
         out, lse = attend(q[None], table, scale=scale, softcap=softcap, causal=False)
         return out[0], lse[0]
+
+
+def _cut(per_head: Sequence[Tensor] | None, lengths: Sequence[int]) -> list[Tensor] | None:
+    """The first `lengths[h]` entries of each head."""
+    return None if per_head is None else [x[:n] for x, n in zip(per_head, lengths, strict=True)]
+
+
+def _cat_counts(log_counts: Sequence[Tensor] | None) -> Tensor | None:
+    return None if log_counts is None else torch.cat(list(log_counts))
 
 
 def _split(flat: Tensor, offsets: Sequence[int]) -> list[Tensor]:
@@ -88,20 +113,27 @@ def page_summaries(keys: Tensor) -> HeadKV:
 @final
 @dataclass(frozen=True, kw_only=True)
 class DenseSegment(Segment):
-    """Tokens kept in a float format. keys, values: flat `[N, D]`, head h at `offsets[h]:offsets[h + 1]`."""
+    """Tokens kept in a float format. keys, values: flat `[N, D]`, head h at `offsets[h]:offsets[h + 1]`.
+
+    counts: flat `[N]` fp32 logarithms, or None where every entry is one token.
+    """
 
     keys: Tensor
     values: Tensor
     offsets: tuple[int, ...]
+    counts: Tensor | None = None
     page_bounds: tuple[HeadKV, ...] | None = None
 
     @classmethod
-    def of(cls, heads: Sequence[HeadKV], *, summarize: bool = False) -> DenseSegment:
-        """From keys and values `[n_h, D]` per head."""
+    def of(
+        cls, heads: Sequence[HeadKV], *, log_counts: Sequence[Tensor] | None = None, summarize: bool = False
+    ) -> DenseSegment:
+        """From keys and values `[n_h, D]`, and log counts `[n_h]`, per head."""
         return cls(
             keys=owned(torch.cat([k for k, _ in heads])),
             values=owned(torch.cat([v for _, v in heads])),
             offsets=_offsets([k.shape[0] for k, _ in heads]),
+            counts=_cat_counts(log_counts),
             page_bounds=tuple(page_summaries(k) for k, _ in heads) if summarize else None,
         )
 
@@ -121,16 +153,36 @@ class DenseSegment(Segment):
         return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
     def spans(self) -> list[Span]:
-        pairs = zip(_split(self.keys, self.offsets), _split(self.values, self.offsets), strict=True)
-        return [DenseSpan(k, v) for k, v in pairs]
+        counts: Sequence[Tensor | None] = self.log_counts or [None] * (len(self.offsets) - 1)
+        return [DenseSpan(k, v, c) for (k, v), c in zip(self._heads(), counts, strict=True)]
+
+    def _heads(self) -> list[HeadKV]:
+        return list(zip(_split(self.keys, self.offsets), _split(self.values, self.offsets), strict=True))
+
+    @property
+    def log_counts(self) -> list[Tensor] | None:
+        return None if self.counts is None else _split(self.counts, self.offsets)
 
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
-        pairs = zip(_split(self.keys, self.offsets), _split(self.values, self.offsets), strict=True)
-        return [(k.to(dtype), v.to(dtype)) for k, v in pairs]
+        return [(k.to(dtype), v.to(dtype)) for k, v in self._heads()]
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
-        heads = [(k[:n], v[:n]) for (k, v), n in zip(self.decode(self.keys.dtype), lengths, strict=True)]
-        return [DenseSegment.of(heads, summarize=self.page_bounds is not None)] if any(lengths) else []
+        heads = [(k[:n], v[:n]) for (k, v), n in zip(self._heads(), lengths, strict=True)]
+        counts = _cut(self.log_counts, lengths)
+        return (
+            [DenseSegment.of(heads, log_counts=counts, summarize=self.page_bounds is not None)] if any(lengths) else []
+        )
+
+    def joined(self, later: Segment) -> Segment | None:
+        if not isinstance(later, DenseSegment) or self.keys.dtype != later.keys.dtype:
+            return None
+        if self.counts is not None or later.counts is not None:
+            return None  # few segments have counts, and they are not to spread
+        if any(n % PAGE_TOKENS for n in self.lengths) and self.page_bounds is not None:
+            return None  # pages of the later one would no longer start at a multiple of 64
+        pairs = zip(self._heads(), later._heads(), strict=True)
+        heads = [(torch.cat([ka, kb]), torch.cat([va, vb])) for (ka, va), (kb, vb) in pairs]
+        return DenseSegment.of(heads, summarize=self.page_bounds is not None)
 
     @property
     def summaries(self) -> list[HeadKV] | None:
@@ -140,21 +192,33 @@ class DenseSegment(Segment):
 @final
 @dataclass(frozen=True, kw_only=True)
 class PagedSegment(Segment):
-    """Full quantized pages. pages: those of head h at `offsets[h]:offsets[h + 1]`."""
+    """Full quantized pages. pages: those of head h at `offsets[h]:offsets[h + 1]`.
+
+    counts: flat `[P * 64]` fp32 logarithms, or None where every entry is one token.
+    """
 
     pages: Pages
     offsets: tuple[int, ...]
+    counts: Tensor | None = None
     page_bounds: tuple[HeadKV, ...] | None = None
 
     @classmethod
-    def encode(cls, heads: Sequence[HeadKV], fmt: PageFormat, *, summarize: bool = False) -> PagedSegment:
-        """From keys and values `[n_h, D]` per head; every n_h is a multiple of 64."""
+    def encode(
+        cls,
+        heads: Sequence[HeadKV],
+        fmt: PageFormat,
+        *,
+        log_counts: Sequence[Tensor] | None = None,
+        summarize: bool = False,
+    ) -> PagedSegment:
+        """From keys and values `[n_h, D]`, and log counts `[n_h]`, per head; every n_h is a multiple of 64."""
         dim = heads[0][0].shape[1]
         keys = torch.cat([k for k, _ in heads]).reshape(-1, PAGE_TOKENS, dim)
         values = torch.cat([v for _, v in heads]).reshape(-1, PAGE_TOKENS, dim)
         return cls(
             pages=encode_pages(keys, values, fmt),
             offsets=_offsets([k.shape[0] // PAGE_TOKENS for k, _ in heads]),
+            counts=_cat_counts(log_counts),
             page_bounds=tuple(page_summaries(k) for k, _ in heads) if summarize else None,
         )
 
@@ -181,8 +245,13 @@ class PagedSegment(Segment):
     def _heads(self) -> list[Pages]:
         return [self.pages[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
 
+    @property
+    def log_counts(self) -> list[Tensor] | None:
+        return None if self.counts is None else _split(self.counts, [PAGE_TOKENS * n for n in self.offsets])
+
     def spans(self) -> list[Span]:
-        return [PageSpan(pages) for pages in self._heads()]
+        counts: Sequence[Tensor | None] = self.log_counts or [None] * (len(self.offsets) - 1)
+        return [PageSpan(pages, c) for pages, c in zip(self._heads(), counts, strict=True)]
 
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         keys, values = decode_pages(self.pages, dtype)  # [P, 64, D]
@@ -192,45 +261,35 @@ class PagedSegment(Segment):
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         whole = [n // PAGE_TOKENS for n in lengths]
-        summarize = self.page_bounds is not None
+        summarize, counts = self.page_bounds is not None, self.log_counts
         segments: list[Segment] = []
         if any(whole):
             bounds = None
             if self.page_bounds is not None:
                 bounds = tuple((low[:n], high[:n]) for (low, high), n in zip(self.page_bounds, whole, strict=True))
             pages = cat_pages([pages[:n] for pages, n in zip(self._heads(), whole, strict=True)])
-            segments.append(PagedSegment(pages=pages, offsets=_offsets(whole), page_bounds=bounds))
-        heads = self.decode(dtype)
-        rest = [
-            (k[p * PAGE_TOKENS : n], v[p * PAGE_TOKENS : n]) for (k, v), p, n in zip(heads, whole, lengths, strict=True)
-        ]
+            kept = _cat_counts(_cut(counts, [n * PAGE_TOKENS for n in whole]))
+            segments.append(PagedSegment(pages=pages, offsets=_offsets(whole), counts=kept, page_bounds=bounds))
+        slices = [slice(p * PAGE_TOKENS, n) for p, n in zip(whole, lengths, strict=True)]
+        rest = [(k[part], v[part]) for (k, v), part in zip(self.decode(dtype), slices, strict=True)]
         if any(len(k) for k, _ in rest):
-            segments.append(DenseSegment.of(rest, summarize=summarize))
+            left = None if counts is None else [c[part] for c, part in zip(counts, slices, strict=True)]
+            segments.append(DenseSegment.of(rest, log_counts=left, summarize=summarize))
         return segments
+
+    def joined(self, later: Segment) -> Segment | None:
+        if not isinstance(later, PagedSegment) or self.pages.fmt != later.pages.fmt:
+            return None
+        if self.counts is not None or later.counts is not None:
+            return None
+        parts = [page for pair in zip(self._heads(), later._heads(), strict=True) for page in pair]
+        lengths = [(a + b) // PAGE_TOKENS for a, b in zip(self.lengths, later.lengths, strict=True)]
+        bounds = None
+        if self.page_bounds is not None and later.page_bounds is not None:
+            pairs = zip(self.page_bounds, later.page_bounds, strict=True)
+            bounds = tuple((torch.cat([la, lb]), torch.cat([ha, hb])) for (la, ha), (lb, hb) in pairs)
+        return PagedSegment(pages=cat_pages(parts), offsets=_offsets(lengths), page_bounds=bounds)
 
     @property
     def summaries(self) -> list[HeadKV] | None:
         return list(self.page_bounds) if self.page_bounds is not None else None
-
-
-def merge_segments(first: Segment, second: Segment) -> Segment | None:
-    """One segment in place of two neighbours of the same class and format; None if they do not fit together."""
-    if isinstance(first, DenseSegment) and isinstance(second, DenseSegment):
-        if first.keys.dtype != second.keys.dtype:
-            return None
-        a, b = first.decode(first.keys.dtype), second.decode(second.keys.dtype)
-        heads = [(torch.cat([ka, kb]), torch.cat([va, vb])) for (ka, va), (kb, vb) in zip(a, b, strict=True)]
-        if any(n % PAGE_TOKENS for n in first.lengths) and first.page_bounds is not None:
-            return None  # pages of the second would no longer start at a multiple of 64
-        return DenseSegment.of(heads, summarize=first.page_bounds is not None)
-    if isinstance(first, PagedSegment) and isinstance(second, PagedSegment) and first.pages.fmt == second.pages.fmt:
-        parts = [page for pair in zip(first._heads(), second._heads(), strict=True) for page in pair]
-        lengths = [(a + b) // PAGE_TOKENS for a, b in zip(first.lengths, second.lengths, strict=True)]
-        bounds = None
-        if first.page_bounds is not None and second.page_bounds is not None:
-            bounds = tuple(
-                (torch.cat([la, lb]), torch.cat([ha, hb]))
-                for (la, ha), (lb, hb) in zip(first.page_bounds, second.page_bounds, strict=True)
-            )
-        return PagedSegment(pages=cat_pages(parts), offsets=_offsets(lengths), page_bounds=bounds)
-    return None

@@ -9,7 +9,7 @@ from steno.methods.access.quest import Quest
 from steno.methods.allocate.adakv import AdaKV
 from steno.methods.allocate.pyramidkv import PyramidKV
 from steno.methods.allocate.uniform import Uniform
-from steno.methods.interfaces import Access, Allocator, Evictor, Merger, Method, Quantizer, Scorer
+from steno.methods.interfaces import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
@@ -48,6 +48,7 @@ __all__ = [
     "AdaKV",
     "All",
     "Allocator",
+    "Encoder",
     "Evict",
     "Evictor",
     "ExpectedAttention",

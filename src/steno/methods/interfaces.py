@@ -6,7 +6,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from steno.types import LayerKV, Need, Observation, PageFormat
+from steno.cache.policy import SegmentEncoder
+from steno.types import LayerKV, Merged, Need, Observation, PageFormat
 
 
 class Method(Protocol):
@@ -70,20 +71,31 @@ class Allocator(Method, Protocol):
 class Merger(Method, Protocol):
     """What becomes of the tokens that are not kept."""
 
-    def merge(self, kv: LayerKV, kept: Tensor) -> LayerKV:
-        """The layer in which the tokens of `kept` `[Hkv, S]` bool stand for all; the others are not read again."""
+    counts_tokens: ClassVar[bool]
+    """Whether entries may stand for several tokens: `Merged.counts` may be given."""
+
+    def merge(self, kv: LayerKV, kept: Tensor, scores: Tensor, obs: Observation) -> Merged:
+        """The layer in which the entries of `kept` `[Hkv, S]` bool stand for all; the others are not read again.
+
+        scores: `[Hkv, S]` fp32, those that chose `kept`. The answer keeps at most as many entries of each head, and at
+        least one; it may keep others in their place.
+        """
 
 
 class Quantizer(Method, Protocol):
-    """The format of the pages, and when the tail becomes pages."""
+    """How tokens are stored, and when the tail is: in pages of a format, or, without one, as an `Encoder`."""
 
     @property
-    def page_format(self) -> PageFormat:
-        """How a page stores its tokens."""
+    def page_format(self) -> PageFormat | None:
+        """How a page stores its tokens; None: the method is an `Encoder`."""
 
     @property
     def residual_tokens(self) -> int:
-        """The tail turns into pages when it holds this many tokens; a multiple of the page."""
+        """The tail is stored when it holds this many tokens; a multiple of the page, or of an encoder's chunk."""
+
+
+class Encoder(Quantizer, SegmentEncoder, Protocol):
+    """A quantizer without a page format; see `SegmentEncoder`."""
 
 
 class Access(Method, Protocol):

@@ -1,6 +1,7 @@
 """Attention over spans: dense tokens and quantized pages, read where they lie."""
 
 from .dispatch import attend
+from .heads import attend_heads, softmax_over
 from .mass import attention_mass, attention_weights
 from .merge import merge_attention
 from .spans import DenseSpan, PageSpan, Span
@@ -13,7 +14,9 @@ __all__ = [
     "Span",
     "SpanTable",
     "attend",
+    "attend_heads",
     "attention_mass",
     "attention_weights",
     "merge_attention",
+    "softmax_over",
 ]

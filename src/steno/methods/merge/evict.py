@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from steno.types import LayerKV, Need
+from steno.types import LayerKV, Merged, Need, Observation
 
 
 @final
@@ -30,7 +30,8 @@ class Evict:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = "Nothing to differ from."
+    counts_tokens: ClassVar[bool] = False
 
-    def merge(self, kv: LayerKV, kept: Tensor) -> LayerKV:
+    def merge(self, kv: LayerKV, kept: Tensor, scores: Tensor, obs: Observation) -> Merged:
         """The layer as it is: tokens of `kept` `[Hkv, S]` bool stay what they were, the caller drops the others."""
-        return kv
+        return Merged(kv=kv, kept=kept)

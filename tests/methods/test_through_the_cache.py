@@ -1,0 +1,60 @@
+"""Every stored form through a cache: it decodes on, with finite output, whatever the shape of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import steno
+from steno.cache.accounting import held_bytes
+from steno.methods import MERGERS, QUANTIZERS
+from tiny import SHARED, prompt, shared
+
+RECIPES = [
+    *(f"keydiff | adakv | {name} @ 52" for name in MERGERS),
+    *(f"keydiff | {name} | int8 @ 140" for name in MERGERS),
+    *QUANTIZERS,
+    *(f"keydiff | adakv | {name} @ 140" for name in QUANTIZERS),
+]
+
+
+def feed(cache: steno.KVCache, count: int, dim: int, group: int, seed: int) -> None:
+    """So many random tokens, for every layer."""
+    g = torch.Generator().manual_seed(seed)
+    for layer in cache.own_layers:
+        q = torch.randn(1, 2 * group, count, dim, generator=g)
+        layer.update(*(torch.randn(1, 2, count, dim, generator=g) for _ in range(2)))
+        out = layer.attend(q, None, scale=dim**-0.5)
+        assert out.shape == q.shape
+        assert torch.isfinite(out).all()
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize(("num_tokens", "dim", "group"), [(1, 64, 1), (131, 80, 3), (200, 128, 8)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_shape_decodes(recipe: str, num_tokens: int, dim: int, group: int) -> None:
+    config = LlamaConfig(**{**SHARED, "head_dim": dim, "num_attention_heads": 2 * group, "num_hidden_layers": 2})
+    cache = steno.KVCache(config, recipe)
+    assert str(cache.recipe) == recipe
+    feed(cache, num_tokens, dim, group, 0)
+    held = cache.kv_bytes
+    assert held == held_bytes(list(cache.layers))
+    if num_tokens == 200:
+        assert held < cache.kv_bytes_full
+    twin = cache.fork()
+    for i, count in enumerate([1, 3, *[1] * 66, 70, 1]):
+        feed(cache, count, dim, group, i)
+    assert twin.kv_bytes == held
+    cache.batch_repeat_interleave(2)
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_generates(recipe: str) -> None:
+    model = shared("llama")
+    model.set_attn_implementation("steno")
+    cache = steno.KVCache(model.config, recipe)
+    ids = model.generate(prompt(90), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert ids.shape == (1, 95)
+    assert cache.seen_tokens == 94
