@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steno.errors import BudgetError, RecipeError
-from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS
+from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS, TRANSFORMS
+from steno.methods.merge.evict import Evict
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.score.h2o import H2O
 from steno.methods.score.snapkv import SnapKV
@@ -52,12 +53,17 @@ budgets = st.one_of(
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     score = draw(st.none() | instances(SCORERS))
-    quantize = None if score is not None and score.evicts_while_decoding else draw(st.none() | instances(QUANTIZERS))
+    evicts = score is not None and score.evicts_while_decoding
+    transform = () if evicts else tuple(draw(st.lists(instances(TRANSFORMS), max_size=3)))
+    merges = [merge for merge in MERGERS.values() if not evicts or not merge.counts_tokens]
+    if any(stage.heads_together for stage in transform):
+        merges = [Evict]
     return Recipe(
         score=score,
         allocate=draw(st.none() | instances(ALLOCATORS)) if score else None,
-        merge=draw(st.none() | instances(MERGERS)) if score else None,
-        quantize=quantize,
+        merge=draw(st.none() | instances({cls.id: cls for cls in merges})) if score else None,
+        transform=transform,
+        quantize=None if evicts else draw(st.none() | instances(QUANTIZERS)),
         access=draw(st.none() | instances(ACCESSORS)),
         budget=draw(budgets) if score else WHOLE,
     )
@@ -67,7 +73,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 @settings(deadline=None)
 def test_text_rebuilds_the_recipe(recipe: Recipe) -> None:
     assert parse_recipe(str(recipe)) == recipe
-    assert recipe.needs == (recipe.score.needs if recipe.score else frozenset())
+    assert recipe.needs == frozenset().union(*(stage.needs for stage in recipe.stages))
 
 
 @given(budget=budgets)
@@ -224,3 +230,13 @@ def test_a_file_name_may_hold_any_character(name: str) -> None:
     recipe = parse_recipe(f"expected_attention(statistics={name!r}) @ 20%")
     assert getattr(recipe.score, "statistics", None) == name
     assert parse_recipe(str(recipe)) == recipe
+
+
+def test_transforms_repeat_and_keep_their_order() -> None:
+    recipe = parse_recipe("snapkv | hadamard | hadamard | int4 @ 25%")
+    assert len(recipe.transform) == 2
+    assert str(recipe) == "snapkv | hadamard | hadamard | int4 @ 25%"
+    with pytest.raises(RecipeError, match="hadamard cannot follow"):
+        parse_recipe("tova | hadamard @ 20")
+    with pytest.raises(RecipeError, match="must be a tuple"):
+        Recipe(transform=recipe.transform[0], budget=WHOLE)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast, final
@@ -10,7 +11,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection
+from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -46,13 +47,24 @@ class RecipePolicy:
         return self.recipe.quantize.page_format if self.recipe.quantize is not None else None
 
     @property
+    def heads_together(self) -> bool:
+        """Whether a method keeps all heads of a token together, so that all choose the same: by their mean score."""
+        return any(transform.heads_together for transform in self.recipe.transform)
+
+    @property
     def encoder(self) -> SegmentEncoder | None:
         quantizer = self.recipe.quantize
         return cast(SegmentEncoder, quantizer) if quantizer is not None and quantizer.page_format is None else None
 
     @property
+    def transforms(self) -> Sequence[Transform]:
+        return self.recipe.transform
+
+    @property
     def residual_tokens(self) -> int:
-        return self.recipe.quantize.residual_tokens if self.recipe.quantize is not None else DENSE_RESIDUAL_TOKENS
+        if self.recipe.quantize is not None:
+            return self.recipe.quantize.residual_tokens
+        return max((t.residual_tokens for t in self.recipe.transform), default=DENSE_RESIDUAL_TOKENS)
 
     @cached_property
     def evictor(self) -> Evictor | None:
@@ -99,6 +111,9 @@ class RecipePolicy:
         fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
         if self.selector is not None:
             fixed += heads * 2 * dim * size  # the bounds of a page that is not full
+        for transform in self.recipe.transform:
+            # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
+            fixed += heads * 24 + 8 + transform.basis_bytes(heads, dim) + heads * transform.recent_tokens * dense
         room = layer_bytes - fixed
         if self.encoder is not None:
             tokens = self._encoded_tokens_in(room, kv, dense)
@@ -155,10 +170,14 @@ class RecipePolicy:
             scores = evictor.priority(state, positions, budget)
         else:
             scores = score.score(kv, observation)  # [Hkv, S]
+        if self.heads_together:
+            scores = scores.mean(0, keepdim=True).expand_as(scores).contiguous()
         allocator = self.recipe.allocate or Uniform()
         counts = allocator.allocate(
             scores, budget_tokens=budget, layer_idx=observation.layer_idx, num_layers=observation.num_layers
         )
+        if self.heads_together:
+            counts = torch.full_like(counts, int(counts.sum()) // len(counts))  # an allocator may give a rest to some
         order = scores.argsort(dim=1, descending=True, stable=True)
         kept = [order[h, :n].sort().values for h, n in enumerate(counts.tolist())]
         mask = _mask(kept, kv.num_tokens)

@@ -11,11 +11,13 @@ from fractions import Fraction
 from typing import Any, Protocol, cast, final
 
 from steno.errors import BadArgument, BudgetError, RecipeError, nearest
-from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer
+from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer, Transform
 from steno.methods.checks import shown
 from steno.types import Need
 
 MAX_CHARS = 1000
+REPEATING = "transform"
+"""The kind of which a recipe may have several."""
 _UNITS = {
     unit.lower(): size
     for unit, size in [("B", 1)]
@@ -118,7 +120,7 @@ WHOLE = Budget(share=Fraction(1))
 @final
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """At most one method of each kind, and the budget; a kind that is None takes its default.
+    """At most one method of each kind but transforms, and the budget; a kind that is None takes its default.
 
     Raises
     ------
@@ -129,6 +131,7 @@ class Recipe:
     score: Scorer | None = None
     allocate: Allocator | None = None
     merge: Merger | None = None
+    transform: tuple[Transform, ...] = ()
     quantize: Quantizer | None = None
     access: Access | None = None
     budget: Budget
@@ -137,10 +140,33 @@ class Recipe:
         if not isinstance(self.budget, Budget):
             raise RecipeError(f"`budget` must be a Budget; got budget={shown(self.budget)}.")
         for kind in KINDS:
-            stage = getattr(self, kind, None)
-            if stage is not None and not any(type(stage) is cls and cls.kind == kind for cls in METHODS.values()):
-                raise RecipeError(f"`{kind}` must be a method of that kind; got {kind}={shown(stage)}.")
+            for stage in self._of(kind):
+                if not any(type(stage) is cls and cls.kind == kind for cls in METHODS.values()):
+                    raise RecipeError(f"`{kind}` must be a method of that kind; got {kind}={shown(stage)}.")
         self._check_score()
+        self._check_transforms()
+
+    def _of(self, kind: str) -> tuple[_Stage, ...]:
+        """The stages of a kind: one or none, but of transforms any number."""
+        value = getattr(self, kind, None)
+        if kind == REPEATING:
+            if not isinstance(value, tuple):
+                raise RecipeError(f"`{kind}` must be a tuple of methods; got {kind}={shown(value)}.")
+            return value
+        return () if value is None else (cast(_Stage, value),)
+
+    def _check_transforms(self) -> None:
+        for transform in self.transform:
+            if self.evictor is not None:
+                raise RecipeError(
+                    f"{self.evictor.id} evicts single tokens at every step, which {transform.id} cannot follow: choose a "
+                    "one-shot scorer such as snapkv."
+                )
+            if transform.heads_together and self.merge is not None and self.merge.id != "evict":
+                raise RecipeError(
+                    f"{transform.id} keeps all heads of a token together, and {self.merge.id} merges each head by itself: "
+                    "use one of them."
+                )
 
     def _check_score(self) -> None:
         if self.score is None:
@@ -167,8 +193,7 @@ class Recipe:
     @property
     def stages(self) -> tuple[_Stage, ...]:
         """The methods that are given, in order."""
-        found = (getattr(self, kind, None) for kind in KINDS)
-        return tuple(cast(_Stage, stage) for stage in found if stage is not None)
+        return tuple(stage for kind in KINDS for stage in self._of(kind))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -221,7 +246,7 @@ def parse_recipe(text: str) -> Recipe:
     stages = [_build(node) for node in _nodes(chain)]
     by_kind = _in_order(stages)
     if "score" in by_kind and budget is None:
-        name = by_kind["score"].id
+        name = cast(_Stage, by_kind["score"]).id
         raise BudgetError(f"{name} chooses tokens, so the recipe needs a budget: e.g. `{name} @ 25%`.")
     return Recipe(budget=budget or WHOLE, **cast(dict[str, Any], by_kind))
 
@@ -311,14 +336,16 @@ def _literal(name: str, argument: str, node: ast.expr) -> object:
     raise RecipeError(f"{name}: `{argument}` must be a literal: a number, a string, True or False.")
 
 
-def _in_order(stages: list[_Stage]) -> dict[str, _Stage]:
+def _in_order(stages: list[_Stage]) -> dict[str, _Stage | tuple[_Stage, ...]]:
     """The stages by kind, or an error if a kind comes twice or the order is not that of KINDS."""
-    by_kind: dict[str, _Stage] = {}
-    for stage in stages:
-        if stage.kind in by_kind:
-            twice = f"{by_kind[stage.kind].id} and {stage.id}"
-            raise RecipeError(f"a recipe has at most one {stage.kind} stage; got {twice}.")
-        by_kind[stage.kind] = stage
+    by_kind: dict[str, _Stage | tuple[_Stage, ...]] = {}
+    for kind in KINDS:
+        mine = tuple(stage for stage in stages if stage.kind == kind)
+        if len(mine) > 1 and kind != REPEATING:
+            twice = f"{mine[0].id} and {mine[1].id}"
+            raise RecipeError(f"a recipe has at most one {kind} stage; got {twice}.")
+        if mine:
+            by_kind[kind] = mine if kind == REPEATING else mine[0]
     right = sorted(stages, key=lambda stage: KINDS.index(stage.kind))
     if stages != right:
         order = " | ".join(stage.id for stage in right)

@@ -22,7 +22,7 @@ SCALE = DIM**-0.5
 ONE_SHOT = [
     "full", "int8", "kivi(bits=4)", "snapkv(window=8) @ 40", "snapkv(window=8) | adakv @ 40", "keydiff | pyramidkv @ 30%",
     "keydiff | adakv | int4 @ 80", "expected_attention | adakv | kivi(bits=4) @ 60%",
-    "keydiff | quest(tokens=64, dense_layers=0) @ 90%",
+    "keydiff | quest(tokens=64, dense_layers=0) @ 90%", "keydiff | adakv | hadamard | int8 @ 90",
 ]  # fmt: skip
 EVICTING = [
     f"{score}{allocate} @ 24"
@@ -121,7 +121,16 @@ class Layer:
 
 @pytest.mark.parametrize("steps", [[1, 1, 1], [5, 1, 20], [80, 3], [1] * 20, [9] * 8])
 @pytest.mark.parametrize(
-    "recipe", ["full", "keydiff @ 20", "snapkv(window=4) | adakv @ 20", "h2o | adakv @ 500", "int8"]
+    "recipe",
+    [
+        "full",
+        "keydiff @ 20",
+        "snapkv(window=4) | adakv @ 20",
+        "h2o | adakv @ 500",
+        "int8",
+        "hadamard",
+        "snapkv(window=4) | adakv | hadamard @ 20",
+    ],
 )
 def test_decode_is_attention_masked_to_what_is_kept(recipe: str, steps: list[int]) -> None:
     layer = Layer(recipe)

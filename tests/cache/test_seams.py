@@ -12,6 +12,7 @@ from torch import Tensor
 
 import steno
 from steno.cache.accounting import held_bytes
+from steno.cache.groups import select_pages
 from steno.cache.layer import LayerCache
 from steno.cache.policy import Selection
 from steno.cache.segment import DenseSegment, HeadKV, Segment
@@ -293,3 +294,37 @@ def test_a_merger_may_keep_other_entries() -> None:
     for (k, _), where in zip(segment.decode(torch.float32), layer.positions(), strict=True):
         assert k.shape == (10, DIM)
         assert len(where) == 10
+
+
+# transforms
+
+
+@pytest.mark.parametrize("recipe", ["hadamard | quest(tokens=64, dense_layers=0)", "quest(tokens=64, dense_layers=0)"])
+def test_pages_are_chosen_in_their_own_basis(recipe: str) -> None:
+    layer = Layer(Policy(recipe))
+    layer.feed(320)
+    group = layer.cache.content._groups[1 if "hadamard" in recipe else 0]
+    q = torch.randn(1, HEADS * GROUP, 1, DIM)
+    [*tables] = select_pages(layer.cache.content._groups, q, layer.cache.policy.selector)
+    [segment] = layer.cache.content.rows[0].segments
+    for h, (k, _) in enumerate(
+        segment.inner.decode(torch.float32) if "hadamard" in recipe else segment.decode(torch.float32)
+    ):
+        turned = group.turned(q)[0, h * GROUP : (h + 1) * GROUP, 0]
+        pages = k.reshape(-1, 64, DIM)
+        bounds = layer.cache.policy.selector.page_bounds(turned, pages.amin(1)[None], pages.amax(1)[None])[0]
+        wanted = layer.cache.policy.selector.num_pages(320)
+        chosen = next(t for t in tables if t.page_ids).page_ids
+        assert chosen[h if "hadamard" in recipe else 2 * h].tolist() == sorted(bounds.topk(wanted).indices.tolist())
+
+
+def test_a_constant_basis_is_one_group_and_counted_once() -> None:
+    layer = Layer(Policy("hadamard"), rows=3)
+    layer.feed(130)
+    for _ in range(3):
+        layer.feed(1)
+    assert len(layer.cache.content._groups) == 2
+    assert layer.cache.content._groups[1].rows == [0, 1, 2]
+    plain = Layer(Policy("full"), rows=3)
+    plain.feed(133)
+    assert layer.cache.measure() < plain.cache.measure() + 3 * HEADS * 64 * 2 * DIM * 4 + DIM * DIM * 4 + 3000

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from steno import methods
 from steno.cache.accounting import held_bytes, tensors_of
+from steno.cache.segment import DenseSegment
 from steno.kernels.attention import attend_heads
-from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer
+from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Transform
 from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
 NAMESPACE = {cls.__name__: cls for cls in methods.METHODS.values()}
@@ -153,6 +154,52 @@ def check_merger(merger: Merger, num_tokens: int, *, seed: int = 0, **kwargs: ob
     assert torch.equal(whole.kv.values, kv.values)
     assert whole.kept.all()
     assert whole.counts is None or (whole.counts == 1).all()
+
+
+def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool, **kwargs: object) -> None:
+    """Shape, finite, input unchanged, the same twice, bytes within the bound; a segment in the basis attends as it decodes.
+
+    is_lossless: a basis of full rank, which must give back what it was given.
+    """
+    kv, obs = make_layer(num_tokens, window=64, **kwargs)  # type: ignore[arg-type]
+    heads, dim = kv.num_kv_heads, kv.head_dim
+    tokens = KeptTokens(
+        keys=list(kv.keys),
+        values=list(kv.values),
+        positions=[kv.positions] * heads,
+        layer_idx=1,
+        num_layers=4,
+        rope=obs.rope if Need.ROPE in transform.needs else None,
+        observation=obs,
+    )
+    before = [t.clone() for t in (*tensors(kv), *tensors(obs))]
+    basis, again = transform.fit(tokens), transform.fit(tokens)
+    changed = basis.change(tokens)
+    inner = DenseSegment.of(list(zip(changed.keys, changed.values, strict=True)))
+    segment = basis.wrap(inner, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(changed.keys, again.change(tokens).keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(changed.values, again.change(tokens).values, strict=True))
+    assert held_bytes(basis) <= transform.basis_bytes(heads, dim)
+    assert segment.lengths == tokens.lengths
+    decoded = segment.decode(torch.float32)
+    for (k, v), plain_k, plain_v in zip(decoded, kv.keys, kv.values, strict=True):
+        assert k.shape == v.shape == (num_tokens, dim)
+        assert torch.isfinite(k).all()
+        assert torch.isfinite(v).all()
+        if is_lossless:
+            assert torch.allclose(k, plain_k, atol=1e-4)
+            assert torch.allclose(v, plain_v, atol=1e-4)
+    q = torch.randn(heads * 3, 2, dim, generator=torch.Generator().manual_seed(1))
+    for softcap in (None, 5.0):
+        out, lse = segment.attend(q, dim**-0.5, softcap)
+        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=softcap)
+        assert torch.allclose(out, expected, atol=1e-4)
+        assert torch.allclose(lse, expected_lse, atol=1e-4)
+    [part] = segment.prefix([num_tokens // 2 + 1] * heads, torch.float32)
+    for (k, v), (whole_k, whole_v) in zip(part.decode(torch.float32), decoded, strict=True):
+        assert torch.allclose(k, whole_k[: len(k)], atol=1e-6)
+        assert torch.allclose(v, whole_v[: len(v)], atol=1e-6)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:

@@ -18,6 +18,7 @@ from contracts import (
     check_method,
     check_quantizer,
     check_scorer,
+    check_transform,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+FULL_RANK: dict[str, dict[str, Any]] = {}
+"""Arguments under which a transform loses nothing."""
 ENCODERS = [cls for cls in methods.QUANTIZERS.values() if cast(Any, cls)().page_format is None]
 
 
@@ -109,6 +112,14 @@ def test_allocator(
 )
 def test_merger(cls: Any, seed: int, hkv: int, group: int, num_tokens: int, dtype: torch.dtype) -> None:
     check_merger(cls(), num_tokens, seed=seed, hkv=hkv, group=group, dtype=dtype)
+
+
+@pytest.mark.parametrize(("num_tokens", "dim", "hkv"), [(1, 64, 1), (33, 80, 2), (70, 128, 4)])
+@pytest.mark.parametrize("is_whole", [False, True], ids=["as_is", "full_rank"])
+@pytest.mark.parametrize("cls", methods.TRANSFORMS.values(), ids=lambda cls: cls.id)
+def test_transform(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -> None:
+    transform = cls(**FULL_RANK.get(cls.id, {})) if is_whole else small(cls)
+    check_transform(transform, num_tokens, is_lossless=is_whole, dim=dim, hkv=hkv, group=3)
 
 
 @pytest.mark.parametrize("cls", methods.QUANTIZERS.values(), ids=lambda cls: cls.id)

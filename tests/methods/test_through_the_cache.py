@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 import steno
 from steno.cache.accounting import held_bytes
-from steno.methods import MERGERS, QUANTIZERS
+from steno.methods import MERGERS, QUANTIZERS, TRANSFORMS
 from tiny import SHARED, prompt, shared
 
 RECIPES = [
@@ -16,6 +16,10 @@ RECIPES = [
     *(f"keydiff | {name} | int8 @ 140" for name in MERGERS),
     *QUANTIZERS,
     *(f"keydiff | adakv | {name} @ 140" for name in QUANTIZERS),
+    *(f"{name} | int8" for name in TRANSFORMS),
+    *(f"keydiff | adakv | {name} | int8 @ 140" for name in TRANSFORMS),
+    *(f"keydiff | {name} | hadamard @ 140" for name in TRANSFORMS),
+    "hadamard | int4 | quest(tokens=64, dense_layers=0)",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steno.cache.groups import SpanGroup, nothing, select_pages
 from steno.cache.policy import PageSelector
 from steno.cache.row import Row, unpack_kept
 from steno.cache.segment import HeadKV, Segment
@@ -12,9 +13,8 @@ from steno.cache.tail import Tail
 from steno.cache.tokens import NewTokens
 from steno.cache.write import SegmentWriter
 from steno.errors import CacheError, IntegrityError
-from steno.kernels.attention import Append, Span, SpanTable, attend, merge_attention
+from steno.kernels.attention import Append, SpanTable, attend, merge_attention
 from steno.kernels.attention.prefill import causal_attention
-from steno.types import PAGE_TOKENS
 
 COUNTED_BLOCK = 512
 """New tokens that attend at a time to segments with counts."""
@@ -28,8 +28,8 @@ class PagedRows:
 
     def __init__(self, rows: list[Row], tail: Tail, writer: SegmentWriter) -> None:
         self.rows, self.tail, self.writer = rows, tail, writer
-        self.residual = writer.policy.residual_tokens
-        self._table = self._build_table()
+        self.residual, self.recent = writer.policy.residual_tokens, writer.recent_tokens
+        self._arrange()
 
     @property
     def num_kv_heads(self) -> int:
@@ -41,25 +41,26 @@ class PagedRows:
         return [[n + t for n in row.lengths(heads)] for row, t in zip(self.rows, self.tail.lengths, strict=True)]
 
     def table(self) -> SpanTable:
-        """The spans of every row and head, the tail last. Built anew only when segments or buffers changed."""
-        if self._table.tail_lengths != self.tail.lengths:
-            self._table.set_tail_lengths(self.tail.lengths)
-        return self._table
+        """The plain spans of every row and head, the tail last. Built anew only when segments or buffers changed."""
+        table = self._groups[0].table
+        if table.tail_lengths != self.tail.lengths:
+            table.set_tail_lengths(self.tail.lengths)
+        return table
 
-    def _build_table(self) -> SpanTable:
-        rows: list[list[list[Span]]] = []
+    def _arrange(self) -> None:
+        """Puts the segments into groups of one basis, the plain one first, and aside those that attend by themselves."""
         self._alone: list[tuple[int, Segment]] = []
+        found: dict[tuple[int, ...], dict[int, list[Segment]]] = {(): {b: [] for b in range(len(self.rows))}}
         for b, row in enumerate(self.rows):
-            heads: list[list[Span]] = [[] for _ in range(self.num_kv_heads)]
             for segment in row.segments:
-                spans = segment.spans()
-                if spans is None:
+                if segment.spans() is None:
                     self._alone.append((b, segment))
-                    continue
-                for head, span in zip(heads, spans, strict=True):
-                    head.append(span)
-            rows.append(heads)
-        return SpanTable.build(rows, head_dim=self.tail.keys.shape[3], tail=(self.tail.keys, self.tail.values))
+                else:
+                    found.setdefault(tuple(map(id, segment.bases)), {}).setdefault(b, []).append(segment)
+        plain, *others = found.values()
+        tail = (self.tail.keys, self.tail.values)
+        self._groups = [SpanGroup.of(plain, self.num_kv_heads, self.tail.keys.shape[3], tail)]
+        self._groups += [SpanGroup.of(rows, self.num_kv_heads) for rows in others]
 
     def step(self, new: NewTokens, selector: PageSelector | None = None) -> tuple[Tensor, Tensor]:
         """Appends new tokens and attends with their queries: out `[B, H, T, D]`, log-sum-exp `[B, H, T]`."""
@@ -72,45 +73,56 @@ class PagedRows:
     def _append_and_attend(self, new: NewTokens, selector: PageSelector | None) -> tuple[Tensor, Tensor]:
         table = self._table_with_room(new.num_new)
         append: Append | None = (new.k, new.v, new.counts)
-        q = new.q.float() if self._alone else new.q  # parts are rounded once, when they are put together
+        is_whole = not self._alone and len(self._groups) == 1
+        q = new.q if is_whole else new.q.float()  # parts are rounded once, when they are put together
+        chosen: list[SpanTable | None] = [None] * len(self._groups)
         if selector is not None and new.num_new == 1:
             table.append(new.k, new.v, new.counts)
             self.tail.lengths, append = list(table.tail_lengths), None
-            table = self._select_pages(table, new.q, selector)
-        out, lse = attend(q, table, append=append, scale=new.scale, softcap=new.softcap)
+            chosen = [*select_pages(self._groups, q, selector)]
+        out, lse = attend(q, chosen[0] or table, append=append, scale=new.scale, softcap=new.softcap)
         self.tail.lengths = list(table.tail_lengths)
-        if self._alone:
-            out, lse = self._with_those_alone(q, out, lse, new)
+        if is_whole:
+            return out, lse
+        parts = [(out, lse)]
+        for group, pages in zip(self._groups[1:], chosen[1:], strict=True):
+            parts.append(group.attend(q, new.scale, new.softcap, pages))
+        parts += self._attend_alone(q, new)
+        out, lse = merge_attention([part for part, _ in parts], [part for _, part in parts])
         return out.to(new.q.dtype), lse
 
-    def _with_those_alone(self, q: Tensor, out: Tensor, lse: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
-        """Adds the segments that attend by themselves to the attention over all others, row by row."""
-        outs, lses = out.clone(), lse.clone()
-        for b in {b for b, _ in self._alone}:
-            parts = [segment.attend(q[b], new.scale, new.softcap) for row, segment in self._alone if row == b]
-            every = [(out[b], lse[b]), *parts]
-            outs[b], lses[b] = merge_attention([part for part, _ in every], [part for _, part in every])
-        return outs, lses
+    def _attend_alone(self, q: Tensor, new: NewTokens) -> list[tuple[Tensor, Tensor]]:
+        """Attention over the segments that attend by themselves: so many parts of the batch as a row has of them."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        taken = [0] * len(self.rows)
+        for b, segment in self._alone:
+            if taken[b] == len(parts):
+                parts.append(nothing(q))
+            out, lse = parts[taken[b]]
+            out[b], lse[b] = segment.attend(q[b], new.scale, new.softcap)
+            taken[b] += 1
+        return parts
 
     def _table_with_room(self, num_new: int) -> SpanTable:
         if self.tail.reserve(num_new):
-            self._table = self._build_table()
+            self._arrange()
         return self.table()
 
     def flush(self) -> None:
         """Turns full residuals of the tail into segments, those of all rows at once."""
-        if max(self.tail.lengths) < self.residual:
+        if max(self.tail.lengths) < self.residual + self.recent:
             return
-        counts = [n // self.residual * self.residual for n in self.tail.lengths]
+        counts = [max(0, n - self.recent) // self.residual * self.residual for n in self.tail.lengths]
         for count in {*counts} - {0}:
             rows = [b for b, n in enumerate(counts) if n == count]
-            positions = [self._tail_positions(b, count) for b in rows] if self.writer.needs_positions else None
-            segments = self.writer.write_tail(*self.tail.oldest(rows, count), positions)
+            positions = [self._tail_positions(b, count) for b in rows] if self.writer.needs_positions else []
+            bases = [self.rows[b].bases for b in rows]
+            segments = self.writer.write_tail(*self.tail.oldest(rows, count), positions, bases)
             for b, segment in zip(rows, segments, strict=True):
                 self.rows[b].push(segment)
         self.tail.drop(counts)
         self.tail.shrink()
-        self._table = self._build_table()
+        self._arrange()
 
     def _tail_positions(self, b: int, count: int) -> list[Tensor]:
         """True positions `[count]`, per head, of the oldest tokens in the tail of a row."""
@@ -132,8 +144,9 @@ class PagedRows:
         for b, count in enumerate(new.row_counts):
             if count:
                 new.scatter_(out, b, self._extend_row(b, new.row(b)))
-        self._table_with_room(new.num_new).append(new.k, new.v, new.counts)
-        self.tail.lengths = list(self._table.tail_lengths)
+        table = self._table_with_room(new.num_new)
+        table.append(new.k, new.v, new.counts)
+        self.tail.lengths = list(table.tail_lengths)
         return out
 
     def _extend_row(self, b: int, new: NewTokens) -> Tensor:
@@ -169,30 +182,6 @@ class PagedRows:
         after = torch.arange(row.prompt_tokens, seen)
         return [torch.cat([index, after]) for index in unpack_kept(row.kept)]
 
-    def _select_pages(self, table: SpanTable, q: Tensor, selector: PageSelector) -> SpanTable:
-        """Reads only the pages whose bound is highest for this query; the tail is always read."""
-        group = q.shape[1] // self.num_kv_heads
-        page_ids: dict[int, Tensor] = {}
-        span = 0
-        for b, row in enumerate(self.rows):
-            segments = [segment for segment in row.segments if segment.spans() is not None]
-            bounds = [segment.summaries for segment in segments]
-            for h in range(self.num_kv_heads):
-                heads = [s[h] for s in bounds if s is not None]
-                if heads:
-                    low, high = (torch.cat([pair[i] for pair in heads]) for i in (0, 1))
-                    wanted = min(selector.num_pages(low.shape[0] * PAGE_TOKENS), low.shape[0])
-                    queries = q[b, h * group : (h + 1) * group, 0]  # [G, D]
-                    scores = selector.page_bounds(queries, low[None], high[None])[0]
-                    best = torch.topk(scores, wanted).indices.sort().values
-                    first = 0
-                    for i, (head_low, _) in enumerate(heads):
-                        last = first + head_low.shape[0]
-                        page_ids[span + i] = (best[(best >= first) & (best < last)] - first).to(torch.int32)
-                        first = last
-                span += len(segments) + 1
-        return table.with_page_ids(page_ids)
-
     def check_crop(self, count: int, seen: list[int]) -> None:
         """Raises CacheError if a compressed prompt stands in the way; `seen`: the logical lengths before."""
         for row, n in zip(self.rows, seen, strict=True):
@@ -212,7 +201,7 @@ class PagedRows:
                 self._crop_segments(row, missing)
                 changed = True
         if changed:
-            self._table = self._build_table()
+            self._arrange()
 
     def _crop_segments(self, row: Row, count: int) -> None:
         left = [count] * self.num_kv_heads

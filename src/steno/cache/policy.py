@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,7 @@ from steno.types import KeptTokens, LayerKV, Need, Observation, PageFormat
 
 if TYPE_CHECKING:
     from steno.cache.segment import Segment
+    from steno.cache.transformed import Basis
 
 
 class Evictor(Protocol):
@@ -52,6 +54,17 @@ class SegmentEncoder(Protocol):
         ...
 
 
+class Transform(Protocol):
+    """A method that fits a basis to what is kept of a prompt."""
+
+    @property
+    def recent_tokens(self) -> int:
+        """So many newest tokens at least stay plain."""
+        ...
+
+    def fit(self, tokens: KeptTokens) -> Basis: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which tokens of the prompt stay.
@@ -85,6 +98,11 @@ class LayerPolicy(Protocol):
     @property
     def encoder(self) -> SegmentEncoder | None:
         """What makes segments where there is no page format; None for dense ones."""
+        ...
+
+    @property
+    def transforms(self) -> Sequence[Transform]:
+        """The changes of basis before tokens are stored, the first applied first."""
         ...
 
     @property

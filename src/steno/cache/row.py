@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from steno.cache.segment import Segment
+from steno.cache.transformed import Basis
 
 
 def pack_kept(indices: list[Tensor], num_tokens: int) -> Tensor:
@@ -31,16 +32,17 @@ class Row:
     """Segments of one sequence. The tail, which still grows, lies beside the rows in one buffer for the whole batch.
 
     kept: bitmap of `pack_kept` over the first `prompt_tokens` tokens; None if every token is held. Tokens after the
-    prompt are all held.
+    prompt are all held. bases: those that later tokens change to when they are stored.
     """
 
     segments: list[Segment] = field(default_factory=list)
     kept: Tensor | None = None
     prompt_tokens: int = 0
+    bases: tuple[Basis, ...] = ()
 
     def fork(self) -> Row:
         """A row that shares the segments; they never change."""
-        return Row(segments=list(self.segments), kept=self.kept, prompt_tokens=self.prompt_tokens)
+        return replace(self, segments=list(self.segments))
 
     def push(self, segment: Segment) -> None:
         """Appends a segment; neighbours of similar size become one, so their number grows with the logarithm."""

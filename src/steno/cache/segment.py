@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend, attend_heads
 from steno.kernels.quant import Pages, cat_pages, decode_pages, encode_pages
 from steno.types import PAGE_TOKENS, PageFormat
+
+if TYPE_CHECKING:
+    from steno.cache.transformed import HeadBasis
 
 HeadKV = tuple[Tensor, Tensor]
 """Keys and values `[n, D]` of one head."""
@@ -36,6 +39,11 @@ class Segment(ABC):
     def spans(self) -> list[Span] | None:
         """One span per KV head, for the kernels; None if there is no such form, and `attend` answers by itself."""
         return None
+
+    @property
+    def bases(self) -> tuple[HeadBasis, ...]:
+        """The bases in which spans and summaries lie, the first applied first; none: they are plain."""
+        return ()
 
     @property
     def log_counts(self) -> list[Tensor] | None:
@@ -152,7 +160,9 @@ class DenseSegment(Segment):
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[Span] | None:
+        if self.keys.shape[1] != self.values.shape[1]:
+            return None  # a low rank may be another for keys than for values
         counts: Sequence[Tensor | None] = self.log_counts or [None] * (len(self.offsets) - 1)
         return [DenseSpan(k, v, c) for (k, v), c in zip(self._heads(), counts, strict=True)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from steno.cache.policy import LayerPolicy, Selection
 from steno.cache.row import Row, pack_kept
 from steno.cache.segment import DenseSegment, HeadKV, PagedSegment, Segment
+from steno.cache.transformed import Basis
 from steno.errors import IntegrityError
 from steno.types import PAGE_TOKENS, KeptTokens, Observation, Rope
 
@@ -34,12 +35,20 @@ class SegmentWriter:
     @property
     def needs_positions(self) -> bool:
         """Whether `write_tail` must be told the true positions."""
-        return self.policy.encoder is not None
+        return self.policy.encoder is not None or bool(self.policy.transforms)
+
+    @property
+    def recent_tokens(self) -> int:
+        """So many newest tokens at least stay plain."""
+        return max((transform.recent_tokens for transform in self.policy.transforms), default=0)
 
     # the prompt
 
     def write_prompt(self, selection: Selection, observation: Observation | None) -> tuple[Row, HeadKV]:
-        """What is kept of a prompt, and the keys and values `[Hkv, n, D]` of its end that begin the tail."""
+        """What is kept of a prompt, and the keys and values `[Hkv, n, D]` of its end that begin the tail.
+
+        observation: None of an empty prompt, which fits no basis.
+        """
         row, kv = Row(), selection.kv
         if selection.kept is not None:
             row.kept = pack_kept(selection.kept, kv.num_tokens)
@@ -48,8 +57,8 @@ class SegmentWriter:
             return row, (kv.keys, kv.values)
         if selection.log_counts is not None or len({len(index) for index in selection.kept or []}) > 1:
             # a tail has one length for all heads, and no counts
-            tokens = self._gathered(selection, observation)
-            row.segments.extend(self._ragged_segments(tokens))
+            row.bases, segments = self._ragged_segments(self._gathered(selection, observation))
+            row.segments.extend(segments)
             return row, (kv.keys[:, :0], kv.values[:, :0])
         keys, values = kv.keys, kv.values
         positions = [kv.positions] * kv.num_kv_heads
@@ -58,17 +67,22 @@ class SegmentWriter:
             positions = list(kv.positions[index])
             index = index[:, :, None].expand(-1, -1, kv.head_dim)
             keys, values = keys.gather(1, index), values.gather(1, index)
+        tokens = self._tokens(keys, values, positions, observation)
+        row.bases = self._fit(tokens)
         full = self._full(keys.shape[1])
-        if full:
-            cut = [p[:full] for p in positions]
-            row.segments.extend(self._segments(keys[None, :, :full], values[None, :, :full], [cut], observation))
+        if full and self._is_plain(row.bases):
+            row.segments.extend(self._plain_segments(keys[None, :, :full], values[None, :, :full]))
+        elif full:
+            row.segments.append(self._write(_part(tokens, [slice(0, full)] * kv.num_kv_heads), row.bases))
         return row, (keys[:, full:], values[:, full:])
 
     def _full(self, num_tokens: int) -> int:
         """How many tokens of a prompt become segments; the others wait in the tail."""
-        if self.policy.page_format is not None:
-            return num_tokens // self.policy.residual_tokens * self.policy.residual_tokens
-        return num_tokens // self._chunk_tokens * self._chunk_tokens
+        if self.policy.page_format is not None or (self.policy.encoder is None and self.policy.transforms):
+            unit = self.policy.residual_tokens
+        else:
+            unit = self._chunk_tokens
+        return max(0, num_tokens - self.recent_tokens) // unit * unit
 
     @property
     def _chunk_tokens(self) -> int:
@@ -76,69 +90,25 @@ class SegmentWriter:
             return PAGE_TOKENS
         return self.policy.encoder.chunk_tokens if self.policy.encoder is not None else 1
 
+    def _is_plain(self, bases: Sequence[Basis]) -> bool:
+        return self.policy.encoder is None and not bases
+
     def _gathered(self, selection: Selection, observation: Observation) -> KeptTokens:
         kv, kept = selection.kv, selection.kept
         assert kept is not None, "only what was chosen can differ by head or have counts"
-        return KeptTokens(
-            keys=[kv.keys[h, i] for h, i in enumerate(kept)],
-            values=[kv.values[h, i] for h, i in enumerate(kept)],
-            positions=[kv.positions[i] for i in kept],
-            log_counts=selection.log_counts,
-            layer_idx=self.layer_idx,
-            num_layers=self.num_layers,
-            rope=self.rope,
-            observation=observation,
-        )
+        keys = [kv.keys[h, i] for h, i in enumerate(kept)]
+        values = [kv.values[h, i] for h, i in enumerate(kept)]
+        tokens = self._tokens(keys, values, [kv.positions[i] for i in kept], observation)
+        return replace(tokens, log_counts=selection.log_counts)
 
-    def _ragged_segments(self, tokens: KeptTokens) -> list[Segment]:
-        full = [n // self._chunk_tokens * self._chunk_tokens for n in tokens.lengths]
-        parts = [
-            (_part(tokens, [slice(0, n) for n in full]), False),
-            (_part(tokens, [slice(n, None) for n in full]), True),
-        ]
-        return [self._segment(part, is_rest) for part, is_rest in parts if any(part.lengths)]
-
-    def _segment(self, tokens: KeptTokens, is_rest: bool) -> Segment:
-        """A segment of heads of any lengths; is_rest: too few for a page or a chunk."""
-        fmt, encoder = self.policy.page_format, self.policy.encoder
-        if encoder is not None and not is_rest:
-            return _checked(encoder.encode(tokens), tokens)
-        heads = list(zip(tokens.keys, tokens.values, strict=True))
-        if fmt is None or is_rest:
-            return DenseSegment.of(heads, log_counts=tokens.log_counts, summarize=self.summarize)
-        return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts, summarize=self.summarize)
-
-    # tokens side by side
-
-    def write_tail(self, keys: Tensor, values: Tensor, positions: Sequence[list[Tensor]] | None) -> Sequence[Segment]:
-        """A segment for each row of keys and values `[R, Hkv, n, D]` from the tail, n a multiple of the residual.
-
-        positions: `[n]` per row and head; None unless `needs_positions`. The tail may go on with its buffer.
-        """
-        return self._segments(keys, values, positions, None)
-
-    def _segments(
+    def _tokens(
         self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Sequence[list[Tensor]] | None,
+        keys: Iterable[Tensor],
+        values: Iterable[Tensor],
+        positions: list[Tensor],
         observation: Observation | None,
-    ) -> Sequence[Segment]:
-        fmt, encoder = self.policy.page_format, self.policy.encoder
-        if encoder is not None:
-            assert positions is not None, "an encoder is told the positions"
-            rows = zip(keys, values, positions, strict=True)
-            return [self._encoded(k, v, where, observation) for k, v, where in rows]
-        if fmt is not None:
-            return PagedSegment.encode_rows(keys, values, fmt, summarize=self.summarize)
-        if observation is None:
-            keys, values = keys.clone(), values.clone()
-        return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in zip(keys, values, strict=True)]
-
-    def _encoded(
-        self, keys: Tensor, values: Tensor, positions: list[Tensor], observation: Observation | None
-    ) -> Segment:
-        tokens = KeptTokens(
+    ) -> KeptTokens:
+        return KeptTokens(
             keys=list(keys),
             values=list(values),
             positions=positions,
@@ -147,7 +117,70 @@ class SegmentWriter:
             rope=self.rope,
             observation=observation,
         )
-        return self._segment(tokens, False)
+
+    def _fit(self, tokens: KeptTokens) -> tuple[Basis, ...]:
+        """A basis of each transform, fit to the tokens in those before it."""
+        bases: list[Basis] = []
+        for transform in self.policy.transforms:
+            tokens = bases[-1].change(tokens) if bases else tokens
+            bases.append(transform.fit(tokens))
+        return tuple(bases)
+
+    def _ragged_segments(self, tokens: KeptTokens) -> tuple[tuple[Basis, ...], list[Segment]]:
+        bases, unit = self._fit(tokens), self._chunk_tokens
+        full = [max(0, n - self.recent_tokens) // unit * unit for n in tokens.lengths]
+        whole, rest = _part(tokens, [slice(0, n) for n in full]), _part(tokens, [slice(n, None) for n in full])
+        segments = [self._write(whole, bases)] if any(full) else []
+        if any(rest.lengths):
+            heads = list(zip(rest.keys, rest.values, strict=True))
+            segments.append(DenseSegment.of(heads, log_counts=rest.log_counts, summarize=self.summarize))
+        return bases, segments
+
+    def _write(self, tokens: KeptTokens, bases: Sequence[Basis]) -> Segment:
+        """A segment of whole pages or chunks of any heads, in these bases."""
+        outer: list[tuple[Basis, KeptTokens]] = []
+        for basis in bases:
+            outer.append((basis, tokens))
+            tokens = basis.change(tokens)
+        segment = self._stored(tokens)
+        for basis, before in reversed(outer):
+            segment = basis.wrap(segment, before)
+        return segment
+
+    def _stored(self, tokens: KeptTokens) -> Segment:
+        fmt, encoder = self.policy.page_format, self.policy.encoder
+        if encoder is not None:
+            segment = encoder.encode(tokens)
+            if tuple(segment.lengths) != tokens.lengths:
+                held = tuple(segment.lengths)
+                raise IntegrityError(f"an encoder must hold {tokens.lengths} tokens per head; it holds {held}.")
+            return segment
+        heads = list(zip(tokens.keys, tokens.values, strict=True))
+        if fmt is None:
+            return DenseSegment.of(heads, log_counts=tokens.log_counts, summarize=self.summarize)
+        return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts, summarize=self.summarize)
+
+    # tokens side by side
+
+    def write_tail(
+        self, keys: Tensor, values: Tensor, positions: Sequence[list[Tensor]], bases: Sequence[tuple[Basis, ...]]
+    ) -> Sequence[Segment]:
+        """A segment for each row of keys and values `[R, Hkv, n, D]` from the tail, n a multiple of the residual.
+
+        positions: `[n]` per row and head, empty unless `needs_positions`; bases: of each row. The tail may go on with its
+        buffer.
+        """
+        if all(self._is_plain(row) for row in bases):
+            # clones, as the tail goes on with its buffer
+            copied = (keys, values) if self.policy.page_format is not None else (keys.clone(), values.clone())
+            return self._plain_segments(*copied)
+        rows = zip(keys, values, positions, bases, strict=True)
+        return [self._write(self._tokens(k, v, where, None), row) for k, v, where, row in rows]
+
+    def _plain_segments(self, keys: Tensor, values: Tensor) -> Sequence[Segment]:
+        if self.policy.page_format is not None:
+            return PagedSegment.encode_rows(keys, values, self.policy.page_format, summarize=self.summarize)
+        return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in zip(keys, values, strict=True)]
 
 
 def _part(tokens: KeptTokens, slices: list[slice]) -> KeptTokens:
@@ -163,11 +196,3 @@ def _part(tokens: KeptTokens, slices: list[slice]) -> KeptTokens:
         positions=cut(tokens.positions),
         log_counts=None if tokens.log_counts is None else cut(tokens.log_counts),
     )
-
-
-def _checked(segment: Segment, tokens: KeptTokens) -> Segment:
-    if tuple(segment.lengths) != tokens.lengths:
-        raise IntegrityError(
-            f"an encoder must hold {tokens.lengths} tokens per head; it holds {tuple(segment.lengths)}."
-        )
-    return segment

@@ -9,7 +9,7 @@ from steno.methods.access.quest import Quest
 from steno.methods.allocate.adakv import AdaKV
 from steno.methods.allocate.pyramidkv import PyramidKV
 from steno.methods.allocate.uniform import Uniform
-from steno.methods.interfaces import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer
+from steno.methods.interfaces import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Transform
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
@@ -20,6 +20,7 @@ from steno.methods.score.kvzip import KVzip
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
 from steno.methods.score.tova import TOVA
+from steno.methods.transform.hadamard import Hadamard
 
 KINDS = ("score", "allocate", "merge", "transform", "share", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
@@ -29,9 +30,10 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard,)}
 QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
-METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **QUANTIZERS, **ACCESSORS}
+METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **TRANSFORMS, **QUANTIZERS, **ACCESSORS}
 
 __all__ = [
     "ACCESSORS",
@@ -44,6 +46,7 @@ __all__ = [
     "QUANTIZERS",
     "SCORERS",
     "TOVA",
+    "TRANSFORMS",
     "Access",
     "AdaKV",
     "All",
@@ -52,6 +55,7 @@ __all__ = [
     "Evict",
     "Evictor",
     "ExpectedAttention",
+    "Hadamard",
     "Int2",
     "Int4",
     "Int8",
@@ -65,6 +69,7 @@ __all__ = [
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "Transform",
     "Uniform",
     "describe_methods",
 ]

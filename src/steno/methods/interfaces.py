@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from steno.cache.policy import SegmentEncoder
-from steno.types import LayerKV, Merged, Need, Observation, PageFormat
+from steno.cache.transformed import Basis
+from steno.types import KeptTokens, LayerKV, Merged, Need, Observation, PageFormat
 
 
 class Method(Protocol):
@@ -79,6 +80,30 @@ class Merger(Method, Protocol):
 
         scores: `[Hkv, S]` fp32, those that chose `kept`. The answer keeps at most as many entries of each head, and at
         least one; it may keep others in their place.
+        """
+
+
+class Transform(Method, Protocol):
+    """A change of basis between the choice of tokens and how they are stored, with its query side."""
+
+    heads_together: ClassVar[bool]
+    """Whether a basis runs across KV heads, so that all heads must keep the same tokens."""
+
+    @property
+    def recent_tokens(self) -> int:
+        """So many newest tokens at least stay plain."""
+
+    @property
+    def residual_tokens(self) -> int:
+        """Without a quantize stage the tail changes its basis when it holds this many tokens (beside the recent ones)."""
+
+    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+        """The most bytes that the basis of one layer takes."""
+
+    def fit(self, tokens: KeptTokens) -> Basis:
+        """The basis for what one sequence keeps of its prompt in one layer; the same object where it is the same for all.
+
+        `tokens.observation` is that of the prompt; the input is not changed.
         """
 
 
