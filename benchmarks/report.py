@@ -47,38 +47,62 @@ def optional(value: float | None, form: str) -> str:
     return DASH if value is None else format(value, form)
 
 
+def machine_of(row: Row) -> str:
+    return str(row.get("gpu") or row["cpu"])
+
+
 def kernels(rows: list[Row]) -> Iterator[str]:
-    """One table for each case."""
+    """One table for each machine and case; the contender that repeats keys is left out, it is never near the others."""
     rows = latest(rows, ("cpu", "gpu", "case", "rows", "tokens", "queries", "contender", "shared", "threads"))
+    rows = [row for row in rows if "repeated" not in row["contender"]]
     if not rows:
         return
     yield (
         where(rows, "torch", "isa")
         + " Medians with quartiles; `of reads` is the share of the bandwidth of plain reads."
     )
-    shape = lambda row: (row.get("gpu") or row["cpu"], row["case"], row["rows"], row["tokens"], row["queries"])  # noqa: E731
-    for (machine, case, batch, tokens, queries), group in groupby(sorted(rows, key=shape), key=shape):
+    shape = lambda row: (machine_of(row), row["case"], row["rows"], row["tokens"])  # noqa: E731
+    for (machine, case, batch, tokens), group in groupby(sorted(rows, key=shape), key=shape):
         found = list(group)
-        threads = {row["threads"] for row in found}
-        head = ["contender", "threads", "KV MB", "ms", "against SDPA bf16", "against `enable_gqa`", "of reads"]
-        extra = {
-            "long": ("against one thread", "threads_speedup"),
-            "shared": ("against own prefixes", "shared_speedup"),
-        }
-        lines = []
-        for row in found:
-            name = row["contender"] + (", shared" if row["shared"] else "")
-            line = [name, str(row["threads"]), f"{row['kv_bytes'] / 1e6:.1f}", ms(row), f"{row['speedup_fastest']:.2f}",
-                    f"{row['speedup_gqa']:.1f}", f"{row['bandwidth_share']:.0%}"]  # fmt: skip
-            lines.append(line + ([optional(row[extra[case][1]], ".2f")] if case in extra else []))
-        reads = ", ".join(
-            f"{max(r['read_bytes_per_s'] for r in found if r['threads'] == n) / 1e9:.1f} GB/s on {n} thread(s)"
-            for n in sorted(threads)
-        )
-        free = [row["compute_speedup"] for row in found if row["compute_speedup"] is not None]
-        note = f" A loop without memory ran {free[0]:.2f} times as fast on two threads meanwhile." if free else ""
-        yield f"**{case}**: {batch} x {tokens:,} tokens, T = {queries}, {machine}. Plain reads: {reads}.{note}"
-        yield table(head + ([extra[case][0]] if case in extra else []), lines)
+        title = f"**{case}**: {batch} x {tokens:,} tokens, {machine}"
+        if case == "queries":
+            yield f"{title}. Milliseconds (and how many times faster than SDPA bf16) for T new tokens a row."
+            yield by_queries(found)
+        else:
+            yield f"{title}. {conditions(found)}"
+            yield by_contender(found, case)
+
+
+def conditions(rows: list[Row]) -> str:
+    """How fast the machine read and computed meanwhile."""
+    reads = ", ".join(
+        f"{max(r['read_bytes_per_s'] for r in rows if r['threads'] == n) / 1e9:.1f} GB/s on {n} thread(s)"
+        for n in sorted({row["threads"] for row in rows})
+    )
+    free = [row["compute_speedup"] for row in rows if row["compute_speedup"] is not None]
+    note = f" A loop without memory ran {free[0]:.2f} times as fast on two threads meanwhile." if free else ""
+    return f"Plain reads: {reads}.{note}"
+
+
+def by_queries(rows: list[Row]) -> str:
+    """Contenders against numbers of new tokens."""
+    counts = sorted({row["queries"] for row in rows})
+    cells = {(r["contender"], r["queries"]): f"{r['median_s'] * 1e3:.2f} ({r['speedup_fastest']:.2f})" for r in rows}
+    names = dict.fromkeys(row["contender"] for row in rows)
+    lines = [[name, *(cells.get((name, count), DASH) for count in counts)] for name in names]
+    return table(["contender", *(f"T = {count}" for count in counts)], lines)
+
+
+def by_contender(rows: list[Row], case: str) -> str:
+    extra = {"long": ("against one thread", "threads_speedup"), "shared": ("against own prefixes", "shared_speedup")}
+    head = ["contender", "threads", "KV MB", "ms", "against SDPA bf16", "against `enable_gqa`", "of reads"]
+    lines = []
+    for row in rows:
+        name = row["contender"] + (", shared" if row["shared"] else "")
+        line = [name, str(row["threads"]), f"{row['kv_bytes'] / 1e6:.1f}", ms(row), f"{row['speedup_fastest']:.2f}",
+                f"{row['speedup_gqa']:.1f}", f"{row['bandwidth_share']:.0%}"]  # fmt: skip
+        lines.append(line + ([optional(row[extra[case][1]], ".2f")] if case in extra else []))
+    return table(head + ([extra[case][0]] if case in extra else []), lines)
 
 
 def decode(rows: list[Row]) -> Iterator[str]:
@@ -89,15 +113,28 @@ def decode(rows: list[Row]) -> Iterator[str]:
     if not rows:
         return
     yield where(rows, "threads", "torch", "model") + " Medians of single steps of the whole batch, with quartiles."
+    for machine in dict.fromkeys(machine_of(row) for row in rows):
+        found = [row for row in rows if machine_of(row) == machine]
+        yield f"**{machine}**"
+        yield decode_table(found)
+        yield from growth(found)
+
+
+def decode_table(rows: list[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: (row["batch"], row["context"])):
-        shape = [str(row["batch"]), f"{row.get('tokens', row['context']):,}", row["contender"]]
+        shape = [str(row["batch"]), f"{row.get('tokens', row['context']):,}", row["contender"], row.get("dtype", DASH)]
         if "skipped" in row:
             lines.append([*shape, row["skipped"], DASH, DASH, DASH])
         else:
             lines.append([*shape, ms(row), f"{row['tokens_per_s']:.1f}", f"{row['kv_bytes'] / 1e6:.1f}",
                           optional(row["others_load"], ".2f")])  # fmt: skip
-    yield table(["rows", "tokens", "contender", "ms a step", "tokens/s", "KV MB", "cores busy with others"], lines)
+    head = ["rows", "tokens", "contender", "dtype", "ms a step", "tokens/s", "KV MB", "cores busy with others"]
+    return table(head, lines)
+
+
+def growth(rows: list[Row]) -> Iterator[str]:
+    """How the time of one row grows with the context."""
     single = [row for row in rows if row["batch"] == 1 and "median_s" in row]
     contexts = sorted({row["context"] for row in single})
     if len(contexts) < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,27 +12,22 @@ from peer_protocol import Answer, Request, Skipped, serve
 
 import steno
 from steno.methods import KVzip
-from steno.models.load import load_model
 from steno.replay import replay_context
 from steno.types import Need
 
 
-def measure(request: Request, *, recipe: str, weights: str = "float32") -> Answer:
+def measure(request: Request, *, recipe: str, weights: str | None = None) -> Answer:
     torch.set_num_threads(request.threads)
-    options = {"dtype": "float32"}
-    if weights != "float32":
-        if "weights" not in inspect.signature(load_model).parameters:
-            raise Skipped(f"this version of steno has no weights={weights!r}")
-        options["weights"] = weights
-    lm = steno.load(request.hf_folder, **options)
+    lm = steno.load(request.hf_folder, weights=weights)
+    compute = str(lm.model.dtype).removeprefix("torch.")
     cache = steno.KVCache(lm.model.config, recipe)
     ids = torch.tensor(request.prompts)
     reading_s = replay(lm, cache, ids) if Need.REPLAY in cache.recipe.needs else 0.0
     timeline = generate(lm.model, cache, ids, request)
     return Answer(
         engine=f"steno {steno.__version__}",
-        weights=weights,
-        compute="float32",
+        weights=weights or compute,
+        compute=compute,
         kv=recipe,
         timeline=replace(timeline, prefill_s=timeline.prefill_s + reading_s),
         kv_bytes=cache.kv_bytes,
@@ -69,5 +63,9 @@ def replay(lm: steno.LanguageModel, cache: steno.KVCache, ids: torch.Tensor) -> 
 RECIPES = ("full", "int4 @ 100%", "snapkv | adakv | kivi(bits=4) @ 50%", "kvzip | adakv | kivi(bits=4) @ 50%")
 
 if __name__ == "__main__":
-    int8 = {f"{recipe}, int8 weights": partial(measure, recipe=recipe, weights="int8") for recipe in RECIPES[1:]}
-    serve({recipe: partial(measure, recipe=recipe) for recipe in RECIPES} | int8)
+    small = {
+        f"{recipe}, {weights} weights": partial(measure, recipe=recipe, weights=weights)
+        for weights in ("int8", "int4")
+        for recipe in RECIPES[1:]
+    }
+    serve({recipe: partial(measure, recipe=recipe) for recipe in RECIPES} | small)
