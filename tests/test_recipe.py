@@ -23,6 +23,7 @@ from steno.types import Need
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "heavy_share": st.floats(0, 1),
     "alpha_safeguard": st.floats(0, 1),
+    **dict.fromkeys(["ratio", "key_share", "value_share", "key_density", "value_density"], st.floats(0, 1)),
     "eps": st.floats(0, 1e6),
     "covariance": st.booleans(),
     "value_norm": st.booleans(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast, final
 
@@ -36,7 +36,8 @@ class RecipePolicy:
 
     @property
     def query_window(self) -> int:
-        return self.recipe.score.query_window if self.recipe.score is not None else 0
+        of_score = self.recipe.score.query_window if self.recipe.score is not None else 0
+        return max([of_score, *(transform.query_window for transform in self.recipe.transform)])
 
     @property
     def query_statistics_skip(self) -> int:
@@ -159,6 +160,9 @@ class RecipePolicy:
         score = self.recipe.score
         if score is None:
             return Selection(kv=kv)
+        if observation.queries is not None:  # another stage may look at more of them
+            newest = observation.queries[:, max(0, observation.queries.shape[1] - score.query_window) :]
+            observation = replace(observation, queries=newest)
         evictor, budget = self.recipe.evictor, observation.budget_tokens
         state = None
         if self.evictor is not None and evictor is not None:

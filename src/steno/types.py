@@ -67,6 +67,23 @@ class Rope:
         angles = torch.cat([angles, angles], dim=-1)  # [N, R]
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What `x` `[..., N, D]`, rotated at `positions` `[N]`, was before rotation, in x's dtype."""
+        cos, sin = self.cos_sin(positions)  # [N, R]
+        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat([second, -first], dim=-1)  # the inverse of rotate_half
+        plain = (rotated * cos + turned * sin) / self.attention_scaling**2
+        return torch.cat([plain.to(x.dtype), rest], dim=-1)
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` `[..., N, D]` rotated at `positions` `[N]`, in x's dtype; `undo` takes it back."""
+        cos, sin = self.cos_sin(positions)  # [N, R]
+        plain, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+        first, second = plain.chunk(2, dim=-1)
+        rotated = plain * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from steno.errors import BadArgument
 from steno.kernels.quant import cat_pages, decode_pages, encode_pages, page_bytes
 from steno.kernels.quant.packing import code_bytes, pack_codes, unpack_codes
+from steno.kernels.quant.sides import PageSide
 from steno.types import PageFormat
 
 BITS = st.sampled_from([8, 4, 2])
@@ -171,3 +172,16 @@ def test_bad_shapes_are_refused():
         cat_pages([encode_pages(keys, values, PageFormat(bits=4)), encode_pages(keys, values, PageFormat(bits=2))])
     with pytest.raises(BadArgument, match="at least one"):
         cat_pages([])
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_side_by_itself_is_that_of_the_pages(bits: int) -> None:
+    keys, values = torch.randn(3, 64, 80), torch.randn(3, 64, 80)
+    fmt = PageFormat(bits=bits, key_group=32, value_group=32)
+    pages = encode_pages(keys, values, fmt, impl="torch")
+    decoded = decode_pages(pages)
+    for x, is_keys, whole in ((keys, True, decoded[0]), (values, False, decoded[1])):
+        side = PageSide.encode(x, fmt, is_keys=is_keys)
+        assert torch.equal(side.codes, pages.key_codes if is_keys else pages.value_codes)
+        assert torch.equal(side.decode(torch.float32), whole)
+        assert torch.equal(side[:1].followed_by(side[1:]).decode(torch.float32), whole)

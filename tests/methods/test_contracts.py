@@ -35,7 +35,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-FULL_RANK: dict[str, dict[str, Any]] = {}
+FULL_RANK: dict[str, dict[str, Any]] = {
+    "think": {"ratio": 0.0},
+    "palu": {"key_share": 1.0, "value_share": 1.0},
+    "cskv": {"key_density": 1.0, "value_density": 1.0},
+}
 """Arguments under which a transform loses nothing."""
 ENCODERS = [cls for cls in methods.QUANTIZERS.values() if cast(Any, cls)().page_format is None]
 

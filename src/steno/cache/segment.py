@@ -6,7 +6,7 @@ Heads may differ in length: data is flat over heads, with offsets, never padded 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -54,6 +54,12 @@ class Segment(ABC):
     def summaries(self) -> list[HeadKV] | None:
         """Per head the smallest and largest key of each page, `[P_h, D]` each; None if the recipe needs none."""
         return None
+
+    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
+        """`decode` in parts of so many tokens, the same number of every head; heads must not differ in length."""
+        heads = self.decode(dtype)
+        for first in range(0, len(heads[0][0]), num_tokens):
+            yield [(k[first : first + num_tokens], v[first : first + num_tokens]) for k, v in heads]
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         """Segments that hold only the first `lengths[h]` tokens of each head, as exactly as they are held here."""
@@ -176,6 +182,11 @@ class DenseSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         return [(k.to(dtype), v.to(dtype)) for k, v in self._heads()]
 
+    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
+        for first in range(0, self.lengths[0], num_tokens):
+            part = slice(first, first + num_tokens)
+            yield [(k[part].to(dtype), v[part].to(dtype)) for k, v in self._heads()]
+
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         heads = [(k[:n], v[:n]) for (k, v), n in zip(self._heads(), lengths, strict=True)]
         counts = _cut(self.log_counts, lengths)
@@ -251,6 +262,15 @@ class PagedSegment(Segment):
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple((b - a) * PAGE_TOKENS for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
+        step = max(1, num_tokens // PAGE_TOKENS)
+        for first in range(0, self.offsets[1], step):
+            pages = cat_pages([head[first : first + step] for head in self._heads()])
+            keys, values = (
+                x.unflatten(0, (len(self.offsets) - 1, -1)).flatten(1, 2) for x in decode_pages(pages, dtype)
+            )
+            yield list(zip(keys, values, strict=True))
 
     def _heads(self) -> list[Pages]:
         return [self.pages[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]

@@ -13,6 +13,7 @@ from steno.cache.policy import LayerPolicy, Selection
 from steno.cache.row import Row, pack_kept
 from steno.cache.segment import DenseSegment, HeadKV, PagedSegment, Segment
 from steno.cache.transformed import Basis
+from steno.cache.unequal import UnequalPagedSegment
 from steno.errors import IntegrityError
 from steno.types import PAGE_TOKENS, KeptTokens, Observation, Rope
 
@@ -158,6 +159,8 @@ class SegmentWriter:
         heads = list(zip(tokens.keys, tokens.values, strict=True))
         if fmt is None:
             return DenseSegment.of(heads, log_counts=tokens.log_counts, summarize=self.summarize)
+        if heads[0][0].shape[1] != heads[0][1].shape[1]:
+            return UnequalPagedSegment.encode(heads, fmt, log_counts=tokens.log_counts)
         return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts, summarize=self.summarize)
 
     # tokens side by side

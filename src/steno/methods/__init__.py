@@ -20,7 +20,10 @@ from steno.methods.score.kvzip import KVzip
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
 from steno.methods.score.tova import TOVA
+from steno.methods.transform.cskv import CSKV
 from steno.methods.transform.hadamard import Hadamard
+from steno.methods.transform.palu import Palu
+from steno.methods.transform.think import ThinK
 
 KINDS = ("score", "allocate", "merge", "transform", "share", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
@@ -30,7 +33,7 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
-TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard,)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **TRANSFORMS, **QUANTIZERS, **ACCESSORS}
@@ -38,6 +41,7 @@ METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **TRANSF
 __all__ = [
     "ACCESSORS",
     "ALLOCATORS",
+    "CSKV",
     "H2O",
     "KINDS",
     "KIVI",
@@ -63,12 +67,14 @@ __all__ = [
     "KeyDiff",
     "Merger",
     "Method",
+    "Palu",
     "PyramidKV",
     "Quantizer",
     "Quest",
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "Transform",
     "Uniform",
     "describe_methods",

@@ -90,6 +90,10 @@ class Transform(Method, Protocol):
     """Whether a basis runs across KV heads, so that all heads must keep the same tokens."""
 
     @property
+    def query_window(self) -> int:
+        """How many of the last queries `tokens.observation.queries` must hold; 0 without `Need.QUERIES`."""
+
+    @property
     def recent_tokens(self) -> int:
         """So many newest tokens at least stay plain."""
 

@@ -42,6 +42,10 @@ class Hadamard:
     heads_together: ClassVar[bool] = False
 
     @property
+    def query_window(self) -> int:
+        return 0
+
+    @property
     def recent_tokens(self) -> int:
         return 0
 
@@ -50,19 +54,21 @@ class Hadamard:
         return PAGE_TOKENS
 
     def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """One matrix `[D, D]` fp32, for all heads."""
-        return head_dim**2 * 4
+        """One matrix `[D, D]` fp32 for all heads, or two where a transform before this one left unequal widths."""
+        return 2 * head_dim**2 * 4
 
     def fit(self, tokens: KeptTokens) -> Basis:
-        """The rotation of this head dimension, whatever the tokens."""
-        keys = tokens.keys[0]
-        return _basis(keys.shape[1], keys.device)
+        """The rotation of these widths, whatever the tokens."""
+        keys, values = tokens.keys[0], tokens.values[0]
+        return _basis(keys.shape[1], values.shape[1], keys.device)
 
 
-@lru_cache(maxsize=8)
-def _basis(dim: int, device: torch.device) -> Basis:
-    matrix = rotation(dim).to(device)[None]
-    return MatrixBasis(key_matrix=matrix, value_matrix=matrix)
+@lru_cache(maxsize=16)
+def _basis(key_dim: int, value_dim: int, device: torch.device) -> Basis:
+    key = rotation(key_dim).to(device)[None]
+    return MatrixBasis(
+        key_matrix=key, value_matrix=key if key_dim == value_dim else rotation(value_dim).to(device)[None]
+    )
 
 
 def rotation(dim: int) -> Tensor:

@@ -1,0 +1,92 @@
+"""Quantized pages whose keys and values differ in width, as a transform may leave them. No kernel reads them: they are
+decoded tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from steno.cache.segment import HeadKV, Segment
+from steno.kernels.attention import attend_heads, merge_attention
+from steno.kernels.quant.sides import PageSide
+from steno.types import PAGE_TOKENS, PageFormat
+
+TILE_PAGES = 16
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UnequalPagedSegment(Segment):
+    """Full pages with keys of one width and values of another, those of head h at `offsets[h]:offsets[h + 1]`.
+
+    counts: flat `[P * 64]` fp32 logarithms, or None where every entry is one token.
+    """
+
+    keys: PageSide
+    values: PageSide
+    offsets: tuple[int, ...]
+    counts: Tensor | None = None
+
+    @classmethod
+    def encode(
+        cls, heads: Sequence[HeadKV], fmt: PageFormat, *, log_counts: Sequence[Tensor] | None = None
+    ) -> UnequalPagedSegment:
+        """From keys `[n_h, Dk]`, values `[n_h, Dv]` and log counts `[n_h]` per head; every n_h is a multiple of 64."""
+        keys, values = (torch.cat(list(x)).unflatten(0, (-1, PAGE_TOKENS)) for x in zip(*heads, strict=True))
+        pages = [len(k) // PAGE_TOKENS for k, _ in heads]
+        return cls(
+            keys=PageSide.encode(keys, fmt, is_keys=True),
+            values=PageSide.encode(values, fmt, is_keys=False),
+            offsets=tuple(sum(pages[:h]) for h in range(len(pages) + 1)),
+            counts=None if log_counts is None else torch.cat(list(log_counts)),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple((b - a) * PAGE_TOKENS for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    @property
+    def log_counts(self) -> list[Tensor] | None:
+        return None if self.counts is None else list(self.counts.split(self.lengths))
+
+    def decode(self, dtype: torch.dtype) -> list[HeadKV]:
+        return self._decoded(0, max(self.lengths) // PAGE_TOKENS, dtype)
+
+    def _decoded(self, start: int, stop: int, dtype: torch.dtype) -> list[HeadKV]:
+        """The pages `start .. stop` of every head, as far as it has them."""
+        heads = []
+        for a, b in zip(self.offsets, self.offsets[1:], strict=False):
+            pages = slice(min(a + start, b), min(a + stop, b))
+            heads.append((self.keys[pages].decode(dtype).flatten(0, 1), self.values[pages].decode(dtype).flatten(0, 1)))
+        return heads
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        counts, parts = self.log_counts, []
+        for start in range(0, max(self.lengths) // PAGE_TOKENS, TILE_PAGES):
+            heads = self._decoded(start, start + TILE_PAGES, dtype)
+            tile = slice(start * PAGE_TOKENS, (start + TILE_PAGES) * PAGE_TOKENS)
+            cut = None if counts is None else [c[tile] for c in counts]
+            parts.append(attend_heads(q.to(dtype), heads, scale=scale, softcap=softcap, log_counts=cut))
+        out, lse = merge_attention([out for out, _ in parts], [lse for _, lse in parts])
+        return out.to(q.dtype), lse
+
+    def joined(self, later: Segment) -> Segment | None:
+        if not isinstance(later, UnequalPagedSegment) or self.keys.fmt != later.keys.fmt:
+            return None
+        if self.counts is not None or later.counts is not None:
+            return None
+        pairs = zip(self.offsets, later.offsets, strict=True)
+        offsets = tuple(a + b for a, b in pairs)
+        total = self.offsets[-1]
+        order: list[int] = []
+        for h in range(len(offsets) - 1):
+            order += range(self.offsets[h], self.offsets[h + 1])
+            order += range(total + later.offsets[h], total + later.offsets[h + 1])
+        index = torch.tensor(order, device=self.keys.codes.device)
+        sides = {name: getattr(self, name).followed_by(getattr(later, name))[index] for name in ("keys", "values")}
+        return replace(self, **sides, offsets=offsets)

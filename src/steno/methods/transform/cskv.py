@@ -1,0 +1,95 @@
+"""CSKV: old tokens as narrow vectors over all heads, the newest whole, and no token in both for longer than a window.
+
+Source: Wang, Liu, Zhang, Ma, Fu, Ning, Wang, 2024, https://arxiv.org/abs/2409.10593, section 3; the authors' code.
+Differs: the factors A and B are not trained by gradient: the layer-wise loss ||K - x A B||^2 has its minimum at the r
+    principal directions of K (Eckart-Young), which are computed from calibrated second moments, or from those of the prompt
+    without a file. Windows close as pages do with a quantize stage. Codes of the latents are a quantize stage's.
+Cost: an eigendecomposition of `[C, C]` per layer once, C = Hkv D; per step and old token 2 C r FLOPs to restore keys, tile by
+    tile; values are never restored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from steno.cache.transformed import Basis
+from steno.methods.checks import require_int, require_real, require_text
+from steno.methods.transform.moments import low_rank_basis
+from steno.types import KeptTokens, Need
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CSKV:
+    """Channel shrinking with a second branch of whole new tokens.
+
+    Parameters
+    ----------
+    key_density, value_density : float, default 0.5
+        Width of the narrow vectors as a share of all channels of a layer, `Hkv * D`.
+    window : int, default 32 tokens
+        New tokens stay whole until so many are there; then all of them shrink at once.
+    statistics : str or None, default None
+        A file of `steno calibrate cskv` with the second moments of keys and values; None takes those of the prompt.
+
+    Raises
+    ------
+    BadArgument
+        If a value is of another type or out of range.
+    CalibrationError
+        When a prompt is compressed, if the file of `statistics` cannot be used.
+    """
+
+    id: ClassVar[str] = "cskv"
+    kind: ClassVar[str] = "transform"
+    title: ClassVar[str] = "CSKV"
+    paper: ClassVar[str] = "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2409.10593"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ROPE})
+    trained: ClassVar[bool] = False
+    frees_memory: ClassVar[bool] = True
+    differs: ClassVar[str] = (
+        "The minimum of the layer-wise reconstruction loss is computed in closed form instead of fine-tuned; without a "
+        "calibration file the moments are those of the prompt; a quantize stage closes windows at its own length."
+    )
+    heads_together: ClassVar[bool] = True
+
+    key_density: float = 0.5
+    value_density: float = 0.5
+    window: int = 32
+    statistics: str | None = None
+
+    def __post_init__(self) -> None:
+        require_real("key_density", self.key_density, 0, 1)
+        require_real("value_density", self.value_density, 0, 1)
+        require_int("window", self.window, 1)
+        if self.statistics is not None:
+            require_text("statistics", self.statistics)
+
+    @property
+    def query_window(self) -> int:
+        return 0
+
+    @property
+    def recent_tokens(self) -> int:
+        return 0
+
+    @property
+    def residual_tokens(self) -> int:
+        return self.window
+
+    def _ranks(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """As in the authors' code, a whole number for every head."""
+        key, value = (max(1, int(x * head_dim)) * num_kv_heads for x in (self.key_density, self.value_density))
+        return key, value
+
+    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+        """The directions of all channels, fp32, and the frequencies of RoPE."""
+        return num_kv_heads * head_dim * sum(self._ranks(num_kv_heads, head_dim)) * 4 + head_dim * 2
+
+    def fit(self, tokens: KeptTokens) -> Basis:
+        """The principal directions of this layer over all its heads, of the calibration text or of this prompt."""
+        key_rank, value_rank = self._ranks(len(tokens.keys), tokens.keys[0].shape[1])
+        return low_rank_basis(tokens, 1, key_rank, value_rank, self.statistics)
