@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steno.errors import BudgetError, RecipeError
-from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS, TRANSFORMS
+from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS, SHARERS, TRANSFORMS
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.score.h2o import H2O
@@ -23,7 +23,8 @@ from steno.types import Need
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "heavy_share": st.floats(0, 1),
     "alpha_safeguard": st.floats(0, 1),
-    **dict.fromkeys(["ratio", "key_share", "value_share", "key_density", "value_density"], st.floats(0, 1)),
+    **dict.fromkeys(["ratio", "start", "deeper", "retained"], st.floats(0, 1)),
+    **dict.fromkeys(["key_share", "value_share", "key_density", "value_density"], st.floats(0, 1)),
     "eps": st.floats(0, 1e6),
     "covariance": st.booleans(),
     "value_norm": st.booleans(),
@@ -32,6 +33,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "group": st.sampled_from([16, 32, 64]),
     "bits": st.sampled_from([2, 4, 8]),
     "statistics": st.none() | st.text(min_size=1).filter(str.strip),
+    "layers": st.integers(2, 50),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
 }
 
@@ -56,13 +58,16 @@ def recipes(draw: st.DrawFn) -> Recipe:
     score = draw(st.none() | instances(SCORERS))
     evicts = score is not None and score.evicts_while_decoding
     transform = () if evicts else tuple(draw(st.lists(instances(TRANSFORMS), max_size=3)))
+    share = None if evicts else draw(st.none() | instances(SHARERS))
+    transform = tuple(stage for stage in transform if share is None or not stage.needs)
     merges = [merge for merge in MERGERS.values() if not evicts or not merge.counts_tokens]
-    if any(stage.heads_together for stage in transform):
+    if share is not None or any(stage.heads_together for stage in transform):
         merges = [Evict]
     return Recipe(
         score=score,
         allocate=draw(st.none() | instances(ALLOCATORS)) if score else None,
         merge=draw(st.none() | instances({cls.id: cls for cls in merges})) if score else None,
+        share=share,
         transform=transform,
         quantize=None if evicts else draw(st.none() | instances(QUANTIZERS)),
         access=draw(st.none() | instances(ACCESSORS)),

@@ -11,11 +11,11 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection, Transform
+from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection, Sharer, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
-from steno.methods import Evict, Uniform
+from steno.methods import Evict, Scorer, Uniform
 from steno.recipe import WHOLE, Recipe
 from steno.types import PAGE_TOKENS, LayerKV, Need, Observation, PageFormat
 
@@ -53,6 +53,15 @@ class RecipePolicy:
         return any(transform.heads_together for transform in self.recipe.transform)
 
     @property
+    def sharer(self) -> Sharer | None:
+        return self.recipe.share
+
+    def group(self, layer_idx: int, num_layers: int) -> range:
+        """The layers that are compressed together with this one."""
+        share = self.recipe.share
+        return range(layer_idx, layer_idx + 1) if share is None else share.group(layer_idx, num_layers)
+
+    @property
     def encoder(self) -> SegmentEncoder | None:
         quantizer = self.recipe.quantize
         return cast(SegmentEncoder, quantizer) if quantizer is not None and quantizer.page_format is None else None
@@ -65,7 +74,7 @@ class RecipePolicy:
     def residual_tokens(self) -> int:
         if self.recipe.quantize is not None:
             return self.recipe.quantize.residual_tokens
-        return max((t.residual_tokens for t in self.recipe.transform), default=DENSE_RESIDUAL_TOKENS)
+        return max((transform.residual_tokens for transform in self.recipe.transform), default=DENSE_RESIDUAL_TOKENS)
 
     @cached_property
     def evictor(self) -> Evictor | None:
@@ -115,6 +124,8 @@ class RecipePolicy:
         for transform in self.recipe.transform:
             # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
             fixed += heads * 24 + 8 + transform.basis_bytes(heads, dim) + heads * transform.recent_tokens * dense
+        if self.recipe.share is not None:
+            fixed += heads * 24 + 8 + self.recipe.share.fixed_bytes(heads, dim, num_layers)
         room = layer_bytes - fixed
         if self.encoder is not None:
             tokens = self._encoded_tokens_in(room, kv, dense)
@@ -160,9 +171,7 @@ class RecipePolicy:
         score = self.recipe.score
         if score is None:
             return Selection(kv=kv)
-        if observation.queries is not None:  # another stage may look at more of them
-            newest = observation.queries[:, max(0, observation.queries.shape[1] - score.query_window) :]
-            observation = replace(observation, queries=newest)
+        observation = _shown_to(score, observation)
         evictor, budget = self.recipe.evictor, observation.budget_tokens
         state = None
         if self.evictor is not None and evictor is not None:
@@ -175,15 +184,8 @@ class RecipePolicy:
         else:
             scores = score.score(kv, observation)  # [Hkv, S]
         if self.heads_together:
-            scores = scores.mean(0, keepdim=True).expand_as(scores).contiguous()
-        allocator = self.recipe.allocate or Uniform()
-        counts = allocator.allocate(
-            scores, budget_tokens=budget, layer_idx=observation.layer_idx, num_layers=observation.num_layers
-        )
-        if self.heads_together:
-            counts = torch.full_like(counts, int(counts.sum()) // len(counts))  # an allocator may give a rest to some
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        kept = [order[h, :n].sort().values for h, n in enumerate(counts.tolist())]
+            scores = _mean_score([scores])
+        kept = _best(scores, self._counts(scores, observation))
         mask = _mask(kept, kv.num_tokens)
         merged = (self.recipe.merge or Evict()).merge(kv, mask, scores, observation)
         if merged.kept is not mask:
@@ -196,6 +198,49 @@ class RecipePolicy:
             if merged.counts is not None
             else None,
         )
+
+    def _counts(self, scores: Tensor, observation: Observation) -> list[int]:
+        """How many tokens each head keeps."""
+        counts = (self.recipe.allocate or Uniform()).allocate(
+            scores,
+            budget_tokens=observation.budget_tokens,
+            layer_idx=observation.layer_idx,
+            num_layers=observation.num_layers,
+        )
+        if self.heads_together:  # an allocator may give a rest to some
+            counts = torch.full_like(counts, int(counts.sum()) // len(counts))
+        return counts.tolist()
+
+    def select_together(self, kvs: Sequence[LayerKV], observations: Sequence[Observation]) -> list[Selection]:
+        """Which tokens stay in all layers of a group and all their heads: those of the best mean score."""
+        score = self.recipe.score
+        if score is None or observations[0].budget_tokens >= kvs[0].num_tokens:
+            return [Selection(kv=kv) for kv in kvs]
+        seen = [_shown_to(score, observation) for observation in observations]
+        scores = _mean_score([score.score(kv, x) for kv, x in zip(kvs, seen, strict=True)])
+        per_head = [n for x in seen for n in self._counts(scores, x)]  # layers may have budgets of their own
+        counts = sum(per_head) // len(per_head)
+        kept = _best(scores[:1], [counts]) * kvs[0].num_kv_heads
+        return [Selection(kv=kv, kept=kept) for kv in kvs]
+
+
+def _shown_to(score: Scorer, observation: Observation) -> Observation:
+    """What a scorer asked for: another stage may look at more queries."""
+    if observation.queries is None:
+        return observation
+    first = max(0, observation.queries.shape[1] - score.query_window)
+    return replace(observation, queries=observation.queries[:, first:])
+
+
+def _mean_score(scores: Sequence[Tensor]) -> Tensor:
+    """The mean over layers and heads, the same for every head: `[Hkv, S]` each to `[Hkv, S]`."""
+    return torch.stack(list(scores)).mean((0, 1)).expand_as(scores[0]).contiguous()
+
+
+def _best(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The `counts[h]` highest of scores `[Hkv, S]`, ascending by position; ties go to the earlier token."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return [order[h, :n].sort().values for h, n in enumerate(counts)]
 
 
 def _mask(kept: list[Tensor], num_tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Protocol, cast, final
 
 from steno.errors import BadArgument, BudgetError, RecipeError, nearest
-from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer, Transform
+from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer, Sharer, Transform
 from steno.methods.checks import shown
 from steno.types import Need
 
@@ -131,6 +131,7 @@ class Recipe:
     score: Scorer | None = None
     allocate: Allocator | None = None
     merge: Merger | None = None
+    share: Sharer | None = None
     transform: tuple[Transform, ...] = ()
     quantize: Quantizer | None = None
     access: Access | None = None
@@ -145,6 +146,7 @@ class Recipe:
                     raise RecipeError(f"`{kind}` must be a method of that kind; got {kind}={shown(stage)}.")
         self._check_score()
         self._check_transforms()
+        self._check_share()
 
     def _of(self, kind: str) -> tuple[_Stage, ...]:
         """The stages of a kind: one or none, but of transforms any number."""
@@ -166,6 +168,25 @@ class Recipe:
                 raise RecipeError(
                     f"{transform.id} keeps all heads of a token together, and {self.merge.id} merges each head by itself: "
                     "use one of them."
+                )
+
+    def _check_share(self) -> None:
+        if self.share is None:
+            return
+        if self.evictor is not None:
+            raise RecipeError(
+                f"{self.evictor.id} evicts single tokens of each layer, and {self.share.id} keeps layers together: choose a "
+                "one-shot scorer such as snapkv."
+            )
+        if self.merge is not None and self.merge.id != "evict":
+            raise RecipeError(
+                f"{self.share.id} keeps layers together, and {self.merge.id} merges each by itself: use one."
+            )
+        for transform in self.transform:
+            if transform.needs:
+                raise RecipeError(
+                    f"{transform.id} fits a basis to each layer, and {self.share.id} stores tensors common to several: use "
+                    "one of them, or hadamard, which is the same for all."
                 )
 
     def _check_score(self) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from steno import methods
 from steno.cache.accounting import held_bytes, tensors_of
-from steno.cache.segment import DenseSegment
+from steno.cache.segment import DenseSegment, Segment
 from steno.kernels.attention import attend_heads
-from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Transform
+from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Sharer, Transform
 from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
 NAMESPACE = {cls.__name__: cls for cls in methods.METHODS.values()}
@@ -200,6 +200,67 @@ def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool,
     for (k, v), (whole_k, whole_v) in zip(part.decode(torch.float32), decoded, strict=True):
         assert torch.allclose(k, whole_k[: len(k)], atol=1e-6)
         assert torch.allclose(v, whole_v[: len(v)], atol=1e-6)
+
+
+class DenseStore:
+    """Stores tokens as they are."""
+
+    chunk_tokens = 1
+
+    def store(self, tokens: KeptTokens) -> Segment:
+        return DenseSegment.of(list(zip(tokens.keys, tokens.values, strict=True)))
+
+
+def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossless: bool, **kwargs: object) -> None:
+    """Groups are a partition into neighbours; shapes, finite, input unchanged, the same twice; attends as it decodes.
+
+    is_lossless: arguments under which nothing is lost.
+    """
+    groups = {tuple(sharer.group(i, 9)) for i in range(9)}
+    assert sorted(i for group in groups for i in group) == list(range(9))
+    assert all(i in sharer.group(i, 9) for i in range(9))
+    layers = []
+    for i in range(num_layers):
+        kv, obs = make_layer(num_tokens, seed=i, **kwargs)  # type: ignore[arg-type]
+        tokens = KeptTokens(
+            keys=list(kv.keys),
+            values=list(kv.values),
+            positions=[kv.positions + 3] * kv.num_kv_heads,
+            layer_idx=i,
+            num_layers=num_layers,
+            rope=obs.rope if Need.ROPE in sharer.needs else None,
+            observation=obs,
+        )
+        layers.append(tokens)
+
+    store = DenseStore()
+    inputs = [x for tokens in layers for x in (*tokens.keys, *tokens.values, *tokens.positions)]
+    before = [x.clone() for x in inputs]
+    segments, again = sharer.share(layers, store), sharer.share(layers, store)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    assert len(segments) == num_layers
+    mine = {x.untyped_storage().data_ptr() for x in inputs}
+    assert not mine & {x.untyped_storage().data_ptr() for x in tensors_of(segments) if x.numel()}
+    assert held_bytes(segments) <= sum(held_bytes(segment) for segment in segments)
+    for tokens, segment, other in zip(layers, segments, again, strict=True):
+        heads, dim = len(tokens.keys), tokens.keys[0].shape[1]
+        assert segment.lengths == tokens.lengths
+        decoded = segment.decode(torch.float32)
+        pairs = zip(decoded, other.decode(torch.float32), tokens.keys, tokens.values, strict=True)
+        for (k, v), (k2, v2), plain_k, plain_v in pairs:
+            assert k.shape == v.shape == (num_tokens, dim)
+            assert torch.isfinite(k).all()
+            assert torch.isfinite(v).all()
+            assert torch.equal(k, k2)
+            assert torch.equal(v, v2)
+            if is_lossless:
+                assert torch.allclose(k, plain_k, atol=1e-4)
+                assert torch.allclose(v, plain_v, atol=1e-4)
+        q = torch.randn(heads * 3, 2, dim, generator=torch.Generator().manual_seed(1))
+        out, lse = segment.attend(q, dim**-0.5, 5.0)
+        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=5.0)
+        assert torch.allclose(out, expected, atol=1e-4)
+        assert torch.allclose(lse, expected_lse, atol=1e-4)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:

@@ -18,6 +18,7 @@ from contracts import (
     check_method,
     check_quantizer,
     check_scorer,
+    check_sharer,
     check_transform,
 )
 from hypothesis import given, settings
@@ -38,9 +39,11 @@ SMALL: dict[str, dict[str, Any]] = {
 FULL_RANK: dict[str, dict[str, Any]] = {
     "think": {"ratio": 0.0},
     "palu": {"key_share": 1.0, "value_share": 1.0},
+    "minicache": {"retained": 1.0},
+    "xkv": {"key_share": 1.0, "value_share": 1.0},
     "cskv": {"key_density": 1.0, "value_density": 1.0},
 }
-"""Arguments under which a transform loses nothing."""
+"""Arguments under which a transform or a sharer loses nothing."""
 ENCODERS = [cls for cls in methods.QUANTIZERS.values() if cast(Any, cls)().page_format is None]
 
 
@@ -116,6 +119,14 @@ def test_allocator(
 )
 def test_merger(cls: Any, seed: int, hkv: int, group: int, num_tokens: int, dtype: torch.dtype) -> None:
     check_merger(cls(), num_tokens, seed=seed, hkv=hkv, group=group, dtype=dtype)
+
+
+@pytest.mark.parametrize(("num_tokens", "dim", "hkv"), [(1, 64, 1), (33, 80, 2), (170, 16, 3)])
+@pytest.mark.parametrize("is_whole", [False, True], ids=["as_is", "lossless"])
+@pytest.mark.parametrize("cls", methods.SHARERS.values(), ids=lambda cls: cls.id)
+def test_sharer(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -> None:
+    sharer = cls(**FULL_RANK[cls.id]) if is_whole else small(cls)
+    check_sharer(sharer, num_tokens, 2, is_lossless=is_whole, dim=dim, hkv=hkv, group=3)
 
 
 @pytest.mark.parametrize(("num_tokens", "dim", "hkv"), [(1, 64, 1), (33, 80, 2), (70, 128, 4)])

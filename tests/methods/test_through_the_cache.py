@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 import steno
 from steno.cache.accounting import held_bytes
-from steno.methods import MERGERS, QUANTIZERS, TRANSFORMS
+from steno.methods import MERGERS, QUANTIZERS, SHARERS, TRANSFORMS
 from tiny import SHARED, prompt, shared
 
 RECIPES = [
@@ -19,6 +19,8 @@ RECIPES = [
     *(f"{name} | int8" for name in TRANSFORMS),
     *(f"keydiff | adakv | {name} | int8 @ 140" for name in TRANSFORMS),
     *(f"keydiff | {name} | hadamard @ 140" for name in TRANSFORMS),
+    *SHARERS,
+    *(f"keydiff | adakv | {name} | hadamard | int8 @ 140" for name in SHARERS),
     "hadamard | int4 | quest(tokens=64, dense_layers=0)",
 ]
 
@@ -44,7 +46,7 @@ def test_any_shape_decodes(recipe: str, num_tokens: int, dim: int, group: int) -
     feed(cache, num_tokens, dim, group, 0)
     held = cache.kv_bytes
     assert held == held_bytes(list(cache.layers))
-    if num_tokens == 200 and not cache.recipe.transform:  # a basis pays off in longer prompts
+    if num_tokens == 200 and not (cache.recipe.transform or cache.recipe.share):  # a basis pays off in longer prompts
         assert held < cache.kv_bytes_full
     twin = cache.fork()
     for i, count in enumerate([1, 3, *[1] * 66, 70, 1]):

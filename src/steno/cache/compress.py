@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -12,8 +16,8 @@ from steno.cache.row import Row
 from steno.cache.segment import HeadKV
 from steno.cache.slots import SlotBlock, SlotRow, SlotRows
 from steno.cache.tail import Tail
-from steno.cache.write import SegmentWriter
-from steno.types import LayerKV, Rope
+from steno.cache.write import Full, SegmentWriter
+from steno.types import LayerKV, Observation, Rope
 
 
 def compress_rows(
@@ -53,6 +57,62 @@ def compress_rows(
         seen = [k.shape[1] for k, _ in prompts]
         return SlotRows(slots, seen, policy.evictor, prompts[0][0].shape[2])
     return PagedRows(rows, Tail.of(tails, policy.residual_tokens), writer)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LayerPrompt:
+    """What was read of one layer: the arguments of `compress_rows`."""
+
+    prompts: list[HeadKV]
+    observers: list[PromptObserver]
+    layer_idx: int
+    replay_mass: Tensor | None
+    rope: Rope | None
+
+
+def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: int) -> list[PagedRows]:
+    """The rows of each layer of a group, out of common tensors; a row with an empty prompt shares nothing."""
+    assert policy.sharer is not None
+    writers = [
+        SegmentWriter(policy=policy, layer_idx=layer.layer_idx, num_layers=num_layers, rope=layer.rope)
+        for layer in layers
+    ]
+    rows: list[list[Row]] = [[] for _ in layers]
+    tails: list[list[HeadKV]] = [[] for _ in layers]
+    for b in range(len(layers[0].prompts)):
+        kvs, observations = zip(*(_observed(layer, b, policy, num_layers) for layer in layers), strict=True)
+        split: list[tuple[Row, Full | None, HeadKV]]
+        if not kvs[0].num_tokens:
+            split = [(Row(), None, (kv.keys, kv.values)) for kv in kvs]
+        else:
+            selections = policy.select_together(kvs, observations)
+            pairs = zip(writers, selections, observations, strict=True)
+            split = [writer.split_prompt(selection, seen) for writer, selection, seen in pairs]
+        tokens = [full.tokens for _, full, _ in split if full is not None]
+        if tokens:
+            shared = policy.sharer.share(tokens, writers[0])
+            for (row, _, _), segment in zip(split, shared, strict=True):
+                row.segments.append(segment)
+        for i, (row, _, tail) in enumerate(split):
+            row.kept = split[0][0].kept  # one bitmap for all
+            rows[i].append(row)
+            tails[i].append(tail)
+    parts = zip(rows, tails, writers, strict=True)
+    return [PagedRows(row, Tail.of(tail, policy.residual_tokens), writer) for row, tail, writer in parts]
+
+
+def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) -> tuple[LayerKV, Observation]:
+    """One row of a layer in the form that methods get."""
+    keys, values = layer.prompts[b]
+    kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
+    observation = layer.observers[b].observation(
+        layer_idx=layer.layer_idx,
+        num_layers=num_layers,
+        budget_tokens=policy.budget_tokens(kv, num_layers),
+        replay_mass=layer.replay_mass,
+    )
+    return kv, observation
 
 
 def _slot_row(selection: Selection, budget: int) -> SlotRow:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from steno.cache.accounting import Meter, held_bytes
-from steno.cache.compress import compress_rows
+from steno.cache.compress import LayerPrompt, compress_rows, share_rows
 from steno.cache.paged import PagedRows
 from steno.cache.policy import LayerPolicy
 from steno.cache.prompt import Prompt, ReplayObserver
@@ -58,6 +58,7 @@ class LayerCache(CacheLayerMixin):
         super().__init__()
         self.policy, self.layer_idx, self.num_layers = policy, layer_idx, num_layers
         self.reading, self.meter, self.rope_of = reading, meter, rope_of
+        self.group = [self]  # the layers that are compressed together, in order
         self._clear()
 
     def _clear(self) -> None:
@@ -66,6 +67,7 @@ class LayerCache(CacheLayerMixin):
         self.content: PagedRows | SlotRows | None = None  # once the prompt is compressed
         self._prompt: Prompt | None = None  # until then
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
         self.token_bytes = 0  # of one token, dense, in the model's dtype
         self.is_initialized = False
 
@@ -106,7 +108,7 @@ class LayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         self._clear()
-        self.meter.set_layer(self.layer_idx, 0)
+        self.measure()
 
     def offload(self) -> None:
         raise CacheError("steno's cache has no offloading to another device; use a recipe with a smaller budget.")
@@ -268,6 +270,10 @@ class LayerCache(CacheLayerMixin):
         """Turns the prompt, dense until now, into what the recipe keeps. replay_mass: `[Hkv, S]` for methods that need it."""
         if self._prompt is None:
             raise CacheError("there is no prompt to compress: it was compressed already, or nothing was read.")
+        if len(self.group) > 1:
+            self._replay_mass = replay_mass
+            self._compress_group()
+            return
         prompt, self._prompt = self._prompt, None
         self.content = compress_rows(
             prompt.rows,
@@ -280,6 +286,34 @@ class LayerCache(CacheLayerMixin):
         )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)
+
+    def _compress_group(self) -> None:
+        """Keeps the dense prompt until the last layer of the group has read it; then all are compressed together."""
+        if self is not self.group[-1]:
+            assert self._prompt is not None
+            self._prompt.keep()
+            self.measure()
+            return
+        parts, dense_bytes = [], 0
+        for layer in self.group:
+            prompt, layer._prompt = layer._prompt, None
+            assert prompt is not None, "the layers of a group are read together"
+            dense_bytes += prompt.dense_bytes
+            parts.append(
+                LayerPrompt(
+                    prompts=prompt.rows,
+                    observers=prompt.observers,
+                    layer_idx=layer.layer_idx,
+                    replay_mass=layer._replay_mass,
+                    rope=prompt.rope,
+                )
+            )
+            layer._replay_mass = None
+        contents = share_rows(parts, self.policy, self.num_layers)
+        for layer, content in zip(self.group, contents, strict=True):
+            layer.content = content
+        self.measure()
+        self.meter.touch(dense_bytes)
 
     def observation(self) -> Observation:
         """What was observed so far of the one row that is being read; for calibration."""
@@ -294,9 +328,10 @@ class LayerCache(CacheLayerMixin):
     # accounting
 
     def measure(self) -> int:
-        """Bytes held by this layer now; also brings the meter up to date."""
-        num_bytes = held_bytes([self.content, self._prompt])
-        self.meter.set_layer(self.layer_idx, num_bytes)
+        """Bytes held by this layer now, or by all of its group, what they share once; also brings the meter up to date."""
+        num_bytes = held_bytes([(layer.content, layer._prompt) for layer in self.group])
+        for layer in self.group:
+            self.meter.set_layer(layer.layer_idx, num_bytes if layer is self.group[0] else 0)
         return num_bytes
 
     def held_tokens(self) -> list[list[int]]:

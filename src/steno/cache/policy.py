@@ -65,6 +65,26 @@ class Transform(Protocol):
     def fit(self, tokens: KeptTokens) -> Basis: ...
 
 
+class Store(Protocol):
+    """What makes segments of tensors in the form of tokens, as the stages after a sharer ask."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Lengths that `store` takes are multiples of this."""
+        ...
+
+    def store(self, tokens: KeptTokens) -> Segment: ...
+
+
+class Sharer(Protocol):
+    """A method that makes segments of neighbouring layers out of common tensors."""
+
+    def share(self, layers: Sequence[KeptTokens], store: Store) -> list[Segment]:
+        """A segment for each layer of a group, whose tokens are at the same positions in all layers and heads; their number
+        is a multiple of what `store` takes."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which tokens of the prompt stay.
@@ -106,6 +126,13 @@ class LayerPolicy(Protocol):
         ...
 
     @property
+    def sharer(self) -> Sharer | None: ...
+
+    def group(self, layer_idx: int, num_layers: int) -> range:
+        """The neighbouring layers that are compressed together with a layer; itself alone without a sharer."""
+        ...
+
+    @property
     def residual_tokens(self) -> int: ...
 
     @property
@@ -119,3 +146,7 @@ class LayerPolicy(Protocol):
         ...
 
     def select(self, kv: LayerKV, observation: Observation) -> Selection: ...
+
+    def select_together(self, kvs: Sequence[LayerKV], observations: Sequence[Observation]) -> list[Selection]:
+        """Which tokens stay in the layers of a group and their heads: the same in all."""
+        ...

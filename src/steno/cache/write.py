@@ -50,17 +50,26 @@ class SegmentWriter:
 
         observation: None of an empty prompt, which fits no basis.
         """
-        row, kv = Row(), selection.kv
-        if selection.kept is not None:
-            row.kept = pack_kept(selection.kept, kv.num_tokens)
-            row.prompt_tokens = kv.num_tokens
+        kv = selection.kv
         if observation is None:
-            return row, (kv.keys, kv.values)
+            return _row_of(selection), (kv.keys, kv.values)
         if selection.log_counts is not None or len({len(index) for index in selection.kept or []}) > 1:
             # a tail has one length for all heads, and no counts
+            row = _row_of(selection)
             row.bases, segments = self._ragged_segments(self._gathered(selection, observation))
             row.segments.extend(segments)
             return row, (kv.keys[:, :0], kv.values[:, :0])
+        row, full, tail = self.split_prompt(selection, observation)
+        if full is not None and self._is_plain(row.bases):
+            row.segments.extend(self._plain_segments(full.stacked_keys[None], full.stacked_values[None]))
+        elif full is not None:
+            row.segments.append(self._write(full.tokens, row.bases))
+        return row, tail
+
+    def split_prompt(self, selection: Selection, observation: Observation) -> tuple[Row, Full | None, HeadKV]:
+        """A row without segments yet, the tokens that are to be its first, and those that begin the tail; every head
+        keeps the same number."""
+        row, kv = _row_of(selection), selection.kv
         keys, values = kv.keys, kv.values
         positions = [kv.positions] * kv.num_kv_heads
         if selection.kept is not None:
@@ -71,22 +80,28 @@ class SegmentWriter:
         tokens = self._tokens(keys, values, positions, observation)
         row.bases = self._fit(tokens)
         full = self._full(keys.shape[1])
-        if full and self._is_plain(row.bases):
-            row.segments.extend(self._plain_segments(keys[None, :, :full], values[None, :, :full]))
-        elif full:
-            row.segments.append(self._write(_part(tokens, [slice(0, full)] * kv.num_kv_heads), row.bases))
-        return row, (keys[:, full:], values[:, full:])
+        tail = keys[:, full:], values[:, full:]
+        if not full:
+            return row, None, tail
+        part = _part(tokens, [slice(0, full)] * kv.num_kv_heads)
+        return row, Full(tokens=part, stacked_keys=keys[:, :full], stacked_values=values[:, :full]), tail
+
+    def store(self, tokens: KeptTokens) -> Segment:
+        """A segment of tensors in the form of tokens: transformed and quantized as the policy asks."""
+        return self._write(tokens, self._fit(tokens))
 
     def _full(self, num_tokens: int) -> int:
         """How many tokens of a prompt become segments; the others wait in the tail."""
-        if self.policy.page_format is not None or (self.policy.encoder is None and self.policy.transforms):
+        changes = self.policy.transforms or self.policy.sharer is not None
+        if self.policy.page_format is not None or (self.policy.encoder is None and changes):
             unit = self.policy.residual_tokens
         else:
-            unit = self._chunk_tokens
+            unit = self.chunk_tokens
         return max(0, num_tokens - self.recent_tokens) // unit * unit
 
     @property
-    def _chunk_tokens(self) -> int:
+    def chunk_tokens(self) -> int:
+        """Whole numbers of so many tokens can be stored."""
         if self.policy.page_format is not None:
             return PAGE_TOKENS
         return self.policy.encoder.chunk_tokens if self.policy.encoder is not None else 1
@@ -128,7 +143,7 @@ class SegmentWriter:
         return tuple(bases)
 
     def _ragged_segments(self, tokens: KeptTokens) -> tuple[tuple[Basis, ...], list[Segment]]:
-        bases, unit = self._fit(tokens), self._chunk_tokens
+        bases, unit = self._fit(tokens), self.chunk_tokens
         full = [max(0, n - self.recent_tokens) // unit * unit for n in tokens.lengths]
         whole, rest = _part(tokens, [slice(0, n) for n in full]), _part(tokens, [slice(n, None) for n in full])
         segments = [self._write(whole, bases)] if any(full) else []
@@ -184,6 +199,22 @@ class SegmentWriter:
         if self.policy.page_format is not None:
             return PagedSegment.encode_rows(keys, values, self.policy.page_format, summarize=self.summarize)
         return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in zip(keys, values, strict=True)]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Tokens of a prompt that become a segment, by head and in one piece `[Hkv, n, D]`."""
+
+    tokens: KeptTokens
+    stacked_keys: Tensor
+    stacked_values: Tensor
+
+
+def _row_of(selection: Selection) -> Row:
+    if selection.kept is None:
+        return Row()
+    return Row(kept=pack_kept(selection.kept, selection.kv.num_tokens), prompt_tokens=selection.kv.num_tokens)
 
 
 def _part(tokens: KeptTokens, slices: list[slice]) -> KeptTokens:

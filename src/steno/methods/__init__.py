@@ -9,7 +9,18 @@ from steno.methods.access.quest import Quest
 from steno.methods.allocate.adakv import AdaKV
 from steno.methods.allocate.pyramidkv import PyramidKV
 from steno.methods.allocate.uniform import Uniform
-from steno.methods.interfaces import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Transform
+from steno.methods.interfaces import (
+    Access,
+    Allocator,
+    Encoder,
+    Evictor,
+    Merger,
+    Method,
+    Quantizer,
+    Scorer,
+    Sharer,
+    Transform,
+)
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
@@ -20,12 +31,14 @@ from steno.methods.score.kvzip import KVzip
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
 from steno.methods.score.tova import TOVA
+from steno.methods.share.minicache import MiniCache
+from steno.methods.share.xkv import XKV
 from steno.methods.transform.cskv import CSKV
 from steno.methods.transform.hadamard import Hadamard
 from steno.methods.transform.palu import Palu
 from steno.methods.transform.think import ThinK
 
-KINDS = ("score", "allocate", "merge", "transform", "share", "quantize", "access")
+KINDS = ("score", "allocate", "merge", "share", "transform", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -33,10 +46,19 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
+SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
-METHODS: dict[str, type[Method]] = {**SCORERS, **ALLOCATORS, **MERGERS, **TRANSFORMS, **QUANTIZERS, **ACCESSORS}
+METHODS: dict[str, type[Method]] = {
+    **SCORERS,
+    **ALLOCATORS,
+    **MERGERS,
+    **SHARERS,
+    **TRANSFORMS,
+    **QUANTIZERS,
+    **ACCESSORS,
+}
 
 __all__ = [
     "ACCESSORS",
@@ -49,8 +71,10 @@ __all__ = [
     "METHODS",
     "QUANTIZERS",
     "SCORERS",
+    "SHARERS",
     "TOVA",
     "TRANSFORMS",
+    "XKV",
     "Access",
     "AdaKV",
     "All",
@@ -67,11 +91,13 @@ __all__ = [
     "KeyDiff",
     "Merger",
     "Method",
+    "MiniCache",
     "Palu",
     "PyramidKV",
     "Quantizer",
     "Quest",
     "Scorer",
+    "Sharer",
     "SnapKV",
     "StreamingLLM",
     "ThinK",

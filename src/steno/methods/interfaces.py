@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from steno.cache.policy import SegmentEncoder
+from steno.cache.policy import SegmentEncoder, Store
+from steno.cache.segment import Segment
 from steno.cache.transformed import Basis
 from steno.types import KeptTokens, LayerKV, Merged, Need, Observation, PageFormat
 
@@ -109,6 +111,19 @@ class Transform(Method, Protocol):
 
         `tokens.observation` is that of the prompt; the input is not changed.
         """
+
+
+class Sharer(Method, Protocol):
+    """Segments of neighbouring layers out of common tensors. All their heads keep the same tokens."""
+
+    def group(self, layer_idx: int, num_layers: int) -> range:
+        """The neighbouring layers that share, with `layer_idx` among them; itself alone if it shares nothing."""
+
+    def fixed_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+        """What one layer takes at most beside its tokens, each of which takes no more than it would by itself."""
+
+    def share(self, layers: Sequence[KeptTokens], store: Store) -> list[Segment]:
+        """A segment for each layer of a group; see `steno.cache.policy.Sharer`. The input is not changed."""
 
 
 class Quantizer(Method, Protocol):

@@ -75,6 +75,7 @@ class KVCache(Cache):
                     rope_of=partial(rope_of, self.config, kind),
                 )
             )
+        _join_groups([layer for layer in layers if isinstance(layer, LayerCache)])
         return layers
 
     def __repr__(self) -> str:
@@ -108,6 +109,7 @@ class KVCache(Cache):
             layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
             for layer in self.layers
         ]
+        _join_groups(twin.own_layers)
         return twin
 
     @contextmanager
@@ -167,3 +169,10 @@ class KVCache(Cache):
         """Raises IntegrityError if an invariant of any layer does not hold."""
         for layer in self.own_layers:
             layer.check_integrity()
+
+
+def _join_groups(layers: list[LayerCache]) -> None:
+    """Tells every layer which of its neighbours it is compressed with."""
+    for i, layer in enumerate(layers):
+        members = layer.policy.group(i, len(layers))
+        layer.group = [layers[m] for m in members]

@@ -1,0 +1,1 @@
+"""Sharers: segments of neighbouring layers out of common tensors."""
