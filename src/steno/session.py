@@ -190,7 +190,7 @@ class LanguageModel:
         self._prefill(cache, tokens, progress)
         seen = [layer.observation() for layer in cache.own_layers]
         tensors = {
-            name: torch.stack([x for o in seen if (x := getattr(o, name)) is not None])
+            name: torch.stack([x for _, o in seen if (x := getattr(o, name)) is not None])
             for name in ("query_mean", "query_cov")
         }
         about = {"model": self.name, "model_hash": self.loaded.model_hash, "tokens": str(len(tokens))}
@@ -212,7 +212,7 @@ class LanguageModel:
         if progress is not None:
             cache.reading.on_layer = lambda done, total: progress("reading", done, total)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), cache.watching(self.model):
                 self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         finally:
             cache.reading.on_layer = None

@@ -21,6 +21,12 @@ class Need(Enum):
     """Mean and covariance of the pre-RoPE queries."""
     ATTENTION_MASS = auto()
     """The attention that each token received, summed over the queries of the prompt; gathered block by block."""
+    PRE_ROPE_QUERIES = auto()
+    """All queries of the prompt, pre-RoPE."""
+    PRE_ROPE_KEYS = auto()
+    """The keys, pre-RoPE."""
+    HIDDEN_STATES = auto()
+    """What goes into the attention module; shown by hooks that stand only while a prompt is read."""
     REPLAY = auto()
     """The largest attention that each token receives while the model repeats the context."""
     ROPE = auto()
@@ -92,6 +98,8 @@ class Observation:
     queries: `[H, W, D]`, the last W queries post-RoPE (W = min(query_window, S)).
     query_mean `[H, D]`, query_cov `[H, D, D]` fp32: of pre-RoPE queries, biased covariance.
     attention_mass: `[H, S]` fp32, column sums of the softmax over all queries of the prompt.
+    pre_rope_queries `[H, S, D]`, pre_rope_keys `[Hkv, S, D]`: before rotation.
+    hidden_states: `[S, hidden]`, what goes into the attention module.
     replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
     scaling, softcap: of the logits, `softcap * tanh(scaling * q.k / softcap)`, plain where softcap is None.
     budget_tokens: what the layer may keep, tokens per KV head on average.
@@ -107,6 +115,9 @@ class Observation:
     query_mean: Tensor | None = None
     query_cov: Tensor | None = None
     attention_mass: Tensor | None = None
+    pre_rope_queries: Tensor | None = None
+    pre_rope_keys: Tensor | None = None
+    hidden_states: Tensor | None = None
     replay_mass: Tensor | None = None
 
 

@@ -44,7 +44,7 @@ def compress_rows(
         selection, observation = Selection(kv=kv), None
         if kv.num_tokens:
             observation = observer.observation(
-                layer_idx=layer_idx, num_layers=num_layers, budget_tokens=budget, replay_mass=replay_mass
+                kv, layer_idx=layer_idx, num_layers=num_layers, budget_tokens=budget, replay_mass=replay_mass
             )
             selection = policy.select(kv, observation)
         if policy.evictor is not None:
@@ -107,6 +107,7 @@ def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) 
     keys, values = layer.prompts[b]
     kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
     observation = layer.observers[b].observation(
+        kv,
         layer_idx=layer.layer_idx,
         num_layers=num_layers,
         budget_tokens=policy.budget_tokens(kv, num_layers),

@@ -18,7 +18,7 @@ from steno.cache.prompt import Prompt, ReplayObserver
 from steno.cache.slots import SlotRows
 from steno.cache.tokens import NewTokens
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
-from steno.types import Need, Observation, Rope
+from steno.types import LayerKV, Need, Observation, Rope
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
@@ -68,6 +68,7 @@ class LayerCache(CacheLayerMixin):
         self._prompt: Prompt | None = None  # until then
         self._pending: tuple[Tensor, Tensor] | None = None
         self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
+        self._hidden: Tensor | None = None
         self.token_bytes = 0  # of one token, dense, in the model's dtype
         self.is_initialized = False
 
@@ -185,6 +186,10 @@ class LayerCache(CacheLayerMixin):
 
     # attention
 
+    def show_hidden(self, hidden: Tensor) -> None:
+        """What goes into the attention module in this pass, `[B, T, hidden]`; comes before `attend`."""
+        self._hidden = hidden if Need.HIDDEN_STATES in self.policy.needs and self.content is None else None
+
     @torch.inference_mode(False)  # buffers of inference mode could not be written outside of it
     @torch.no_grad()
     def attend(
@@ -203,7 +208,8 @@ class LayerCache(CacheLayerMixin):
         if self._pending is None:
             raise CacheError("attend must follow update; this layer got no new keys and values.")
         (k, v), self._pending = self._pending, None
-        new = NewTokens(q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks)
+        hidden, self._hidden = self._hidden, None
+        new = NewTokens(q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks, hidden=hidden)
         if self.reading.replay is not None:
             out = self._replay(self.reading.replay, new)
         elif self.content is None:
@@ -315,14 +321,15 @@ class LayerCache(CacheLayerMixin):
         self.measure()
         self.meter.touch(dense_bytes)
 
-    def observation(self) -> Observation:
-        """What was observed so far of the one row that is being read; for calibration."""
+    def observation(self) -> tuple[LayerKV, Observation]:
+        """What was read and observed so far of the one row that is being read; for calibration and training."""
         if self._prompt is None or len(self._prompt.observers) != 1:
             raise CacheError(
                 "calibration reads one row whose prompt is not complete yet; this layer has another state."
             )
-        return self._prompt.observers[0].observation(
-            layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
+        kv = self._prompt.layer_kv(0)
+        return kv, self._prompt.observers[0].observation(
+            kv, layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
         )
 
     # accounting

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from steno.cache.policy import LayerPolicy
-from steno.types import Need, Observation, Rope
+from steno.errors import CacheError
+from steno.types import LayerKV, Need, Observation, Rope
 
 STATISTICS_BLOCK = 512
 """Queries whose statistics are computed at a time, so that the temporaries stay in the processor's cache."""
@@ -23,14 +24,27 @@ class PromptObserver:
         self.query_sum: Tensor | None = None  # [H, D] fp64
         self.query_products: Tensor | None = None  # [H, D, D] fp64
         self.num_statistics = 0
+        self.plain_queries: Tensor | None = None  # [H, S, D]
+        self.hidden: Tensor | None = None  # [S, hidden]
 
-    def see(self, q: Tensor) -> None:
-        """The queries of one chunk, `[H, T, D]` post-RoPE."""
+    def see(self, q: Tensor, hidden: Tensor | None = None) -> None:
+        """The queries of one chunk, `[H, T, D]` post-RoPE, and what went into its attention module, `[T, hidden]`."""
         if Need.QUERIES in self.policy.needs:
             window = q if self.queries is None else torch.cat([self.queries, q], dim=1)
             self.queries = window[:, -self.policy.query_window :].clone()
         if Need.QUERY_STATISTICS in self.policy.needs:
             self._gather_statistics(q)
+        if Need.PRE_ROPE_QUERIES in self.policy.needs:
+            positions = torch.arange(self.num_seen, self.num_seen + q.shape[1], device=q.device)
+            plain = q.clone() if self.rope is None else self.rope.undo(q, positions)
+            self.plain_queries = plain if self.plain_queries is None else torch.cat([self.plain_queries, plain], dim=1)
+        if Need.HIDDEN_STATES in self.policy.needs:
+            if hidden is None:
+                raise CacheError(
+                    "this recipe looks at hidden states, which generate() alone does not show: read the text with "
+                    "steno.load(...).read(text, recipe=...), or generate within `with cache.watching(model):`."
+                )
+            self.hidden = hidden.clone() if self.hidden is None else torch.cat([self.hidden, hidden])
         self.num_seen += q.shape[1]
 
     def see_mass(self, mass: Tensor) -> None:
@@ -45,7 +59,7 @@ class PromptObserver:
             block = q[:, start : start + STATISTICS_BLOCK].float()
             first = self.num_seen + start
             positions = torch.arange(first, first + block.shape[1], device=q.device)
-            plain = _unrotate(block, positions, self.rope)
+            plain = block if self.rope is None else self.rope.undo(block, positions)
             # products of a block in fp32 are off by its 1e-6; what adds up the blocks must not add to that
             total, products = plain.sum(1).double(), (plain.mT @ plain).double()  # [H, D], [H, D, D]
             self.query_sum = total if self.query_sum is None else self.query_sum + total
@@ -53,9 +67,9 @@ class PromptObserver:
             self.num_statistics += block.shape[1]
 
     def observation(
-        self, *, layer_idx: int, num_layers: int, budget_tokens: int, replay_mass: Tensor | None
+        self, kv: LayerKV, *, layer_idx: int, num_layers: int, budget_tokens: int, replay_mass: Tensor | None
     ) -> Observation:
-        """What was gathered, in the form that methods get."""
+        """What was gathered, in the form that methods get; kv: the tokens that were read."""
         mean = covariance = None
         if self.query_sum is not None and self.query_products is not None:
             exact = self.query_sum / self.num_statistics
@@ -72,17 +86,13 @@ class PromptObserver:
             query_mean=mean,
             query_cov=covariance,
             attention_mass=self.mass,
+            pre_rope_queries=self.plain_queries,
+            pre_rope_keys=self._plain_keys(kv),
+            hidden_states=self.hidden,
             replay_mass=replay_mass,
         )
 
-
-def _unrotate(q: Tensor, positions: Tensor, rope: Rope | None) -> Tensor:
-    """Pre-RoPE queries from post-RoPE ones, q `[H, T, D]` fp32; only the rotated dimensions change."""
-    if rope is None:
-        return q
-    cos, sin = rope.cos_sin(positions)  # [T, R]
-    rotated, rest = q[..., : cos.shape[-1]], q[..., cos.shape[-1] :]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = torch.cat([second, -first], dim=-1)  # the inverse of rotate_half
-    plain = (rotated * cos + turned * sin) / rope.attention_scaling**2
-    return torch.cat([plain, rest], dim=-1)
+    def _plain_keys(self, kv: LayerKV) -> Tensor | None:
+        if Need.PRE_ROPE_KEYS not in self.policy.needs:
+            return None
+        return kv.keys if self.rope is None else self.rope.undo(kv.keys, kv.positions)

@@ -40,6 +40,8 @@ class ReplayedLayer:
 
 
 ReplayObserver = Callable[[ReplayedLayer], None]
+PRE_ROPE = {Need.QUERY_STATISTICS, Need.PRE_ROPE_QUERIES, Need.PRE_ROPE_KEYS}
+"""Needs for which the rotation of the layer must be known."""
 
 
 class Prompt:
@@ -49,7 +51,7 @@ class Prompt:
     """
 
     def __init__(self, policy: LayerPolicy, rope_of: Callable[[torch.device], Rope | None], new: NewTokens) -> None:
-        rope = rope_of(new.q.device) if policy.needs & {Need.QUERY_STATISTICS, Need.ROPE} else None
+        rope = rope_of(new.q.device) if policy.needs & {*PRE_ROPE, Need.ROPE} else None
         self.policy = policy
         self.rope = rope if Need.ROPE in policy.needs else None
         self.rows: list[HeadKV] = [(k[:, :0], v[:, :0]) for k, v in zip(new.k, new.v, strict=True)]
@@ -59,6 +61,11 @@ class Prompt:
     def dense_bytes(self) -> int:
         """Bytes of the keys and values read so far."""
         return 2 * sum(k.numel() * k.element_size() for k, _ in self.rows)
+
+    def layer_kv(self, b: int) -> LayerKV:
+        """What was read of one row, in the form that methods get."""
+        keys, values = self.rows[b]
+        return LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
 
     def read(self, new: NewTokens) -> Tensor:
         """Takes new tokens in and attends causally over all read so far: `[B, H, T, D]`."""
@@ -71,7 +78,7 @@ class Prompt:
                 if past_k.shape[1]:
                     k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
                 self.rows[b] = k, v
-                self.observers[b].see(row.q[0])
+                self.observers[b].see(row.q[0], None if row.hidden is None else row.hidden[0])
         if new.counts is None and is_first:
             return self._attend(new, new.k, new.v, self.observers)
         out = torch.zeros_like(new.q)
@@ -99,12 +106,13 @@ class Prompt:
         """Attends over the prompt and causally over the new tokens, shows it to the observer, and keeps nothing."""
         if len(self.rows) != 1:
             raise CacheError(f"a replay needs one row whose prompt is still dense; the cache has {len(self.rows)}.")
-        keys, values = self.rows[0]
+        kv = self.layer_kv(0)
+        keys, values = kv.keys, kv.values
         view = ReplayedLayer(
             layer_idx=layer_idx,
             queries=new.q[0],
             own_keys=new.k[0],
-            kv=LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device)),
+            kv=kv,
             scale=new.scale,
             softcap=new.softcap,
         )

@@ -16,6 +16,7 @@ class NewTokens:
 
     q: `[B, H, T, D]`; k, v: `[B, Hkv, T, D]`. counts: real tokens per row, the last ones, when the batch is padded on the
     left; None if nothing is padded. scale, softcap: of the logits. sinks: `[H]` logits of a learned sink (gpt-oss).
+    hidden: `[B, T, hidden]`, what went into the attention module, where a recipe looks at it.
     """
 
     q: Tensor
@@ -25,6 +26,7 @@ class NewTokens:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def num_new(self) -> int:
@@ -39,7 +41,8 @@ class NewTokens:
         """The real tokens of one row, as a batch of one."""
         first = self.num_new - self.row_counts[b]
         q, k, v = (x[b : b + 1, :, first:] for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, counts=None)
+        hidden = None if self.hidden is None else self.hidden[b : b + 1, first:]
+        return replace(self, q=q, k=k, v=v, counts=None, hidden=hidden)
 
     def part(self, start: int, stop: int) -> NewTokens:
         """The tokens `start .. stop` of every row."""

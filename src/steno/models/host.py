@@ -120,6 +120,12 @@ def steno_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def is_attention(module: Any) -> bool:
+    """Whether a module is one that calls `steno_attention`: it knows its layer, and whether it is causal."""
+    flags = getattr(module, "layer_idx", None), getattr(module, "is_causal", None)
+    return isinstance(flags[0], int) and isinstance(flags[1], bool)
+
+
 def _attend_cache(
     module: torch.nn.Module,
     query: Tensor,

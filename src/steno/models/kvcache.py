@@ -15,10 +15,11 @@ from steno.cache.accounting import Meter, held_bytes
 from steno.cache.layer import LayerCache, Reading
 from steno.cache.prompt import ReplayObserver
 from steno.errors import BadArgument, ModelError
-from steno.models.host import NAME
+from steno.models.host import NAME, is_attention
 from steno.models.rope import rope_of
 from steno.pipeline import RecipePolicy
 from steno.recipe import Recipe, as_recipe
+from steno.types import Need
 
 
 class KVCache(Cache):
@@ -124,6 +125,23 @@ class KVCache(Cache):
             for i, layer in others.items():
                 self.layers[i] = layer
 
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Within it every layer is shown what goes into its attention module, for recipes that look at hidden states.
+
+        Hooks on the attention modules of `model` that stand only meanwhile; none are set where the recipe needs none.
+        """
+        hooks = []
+        for module in model.modules():
+            layer = self.layers[module.layer_idx] if is_attention(module) else None
+            if isinstance(layer, LayerCache) and Need.HIDDEN_STATES in layer.policy.needs:
+                hooks.append(module.register_forward_pre_hook(partial(_show_hidden, layer), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens of every layer, or of none; as in transformers, the count is negative."""
         if tokens_to_remove < 0 and self.seen_tokens:
@@ -176,3 +194,8 @@ def _join_groups(layers: list[LayerCache]) -> None:
     for i, layer in enumerate(layers):
         members = layer.policy.group(i, len(layers))
         layer.group = [layers[m] for m in members]
+
+
+def _show_hidden(layer: LayerCache, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of an attention module."""
+    layer.show_hidden(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
