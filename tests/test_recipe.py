@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steno.errors import BudgetError, RecipeError
+from steno.errors import BadArgument, BudgetError, RecipeError
 from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS, SHARERS, TRANSFORMS
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.kivi import KIVI
@@ -21,28 +21,40 @@ from steno.recipe import FULL, WHOLE, Budget, Recipe, as_recipe, parse_recipe
 from steno.types import Need
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "heavy_share": st.floats(0, 1),
-    "alpha_safeguard": st.floats(0, 1),
-    **dict.fromkeys(["ratio", "start", "deeper", "retained"], st.floats(0, 1)),
-    **dict.fromkeys(["key_share", "value_share", "key_density", "value_density"], st.floats(0, 1)),
-    "eps": st.floats(0, 1e6),
-    "covariance": st.booleans(),
-    "value_norm": st.booleans(),
     "pool": st.sampled_from(["avg", "max"]),
     "kernel": st.integers(0, 9).map(lambda n: 2 * n + 1),
     "group": st.sampled_from([16, 32, 64]),
-    "bits": st.sampled_from([2, 4, 8]),
-    "statistics": st.none() | st.text(min_size=1).filter(str.strip),
-    "layers": st.integers(2, 50),
+    "bits": st.sampled_from([1, 2, 3, 4, 8]),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
+    "layers": st.integers(2, 50),
 }
+"""Values of arguments of which few are good."""
+BY_TYPE: dict[type, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(1, 5000),
+    float: st.floats(0, 1),
+    type(None): st.none() | st.text(min_size=1).filter(str.strip),
+}
+"""Values of other arguments, by the type of their default."""
 
 
 def instances(table: dict[str, Any]) -> st.SearchStrategy[Any]:
+    def values(cls: Any, f: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
+        strategy = VALUES.get(f.name, BY_TYPE.get(type(f.default), st.just(f.default)))
+        return st.just(f.default) | strategy.filter(lambda value: is_good(cls, f.name, value))
+
     def build(cls: Any) -> st.SearchStrategy[Any]:
-        return st.builds(cls, **{f.name: VALUES.get(f.name, st.integers(1, 5000)) for f in dataclasses.fields(cls)})
+        return st.builds(cls, **{f.name: values(cls, f) for f in dataclasses.fields(cls)})
 
     return st.one_of([build(cls) for cls in table.values()])
+
+
+def is_good(cls: Any, name: str, value: object) -> bool:
+    try:
+        cls(**{name: value})
+    except BadArgument:
+        return False
+    return True
 
 
 budgets = st.one_of(

@@ -123,7 +123,8 @@ class RecipePolicy:
             fixed += heads * 2 * dim * size  # the bounds of a page that is not full
         for transform in self.recipe.transform:
             # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
-            fixed += heads * 24 + 8 + transform.basis_bytes(heads, dim) + heads * transform.recent_tokens * dense
+            plain = transform.first_tokens + transform.recent_tokens
+            fixed += heads * 24 + 8 + transform.basis_bytes(heads, dim) + heads * plain * dense
         if self.recipe.share is not None:
             fixed += heads * 24 + 8 + self.recipe.share.fixed_bytes(heads, dim, num_layers)
         room = layer_bytes - fixed

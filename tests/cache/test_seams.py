@@ -16,7 +16,7 @@ from steno.cache.groups import select_pages
 from steno.cache.layer import LayerCache
 from steno.cache.policy import Selection
 from steno.cache.segment import DenseSegment, HeadKV, Segment
-from steno.errors import BudgetError, IntegrityError
+from steno.errors import BudgetError, IntegrityError, RecipeError
 from steno.kernels.attention import attend_heads
 from steno.pipeline import RecipePolicy
 from steno.recipe import as_recipe
@@ -328,3 +328,8 @@ def test_a_constant_basis_is_one_group_and_counted_once() -> None:
     plain = Layer(Policy("full"), rows=3)
     plain.feed(133)
     assert layer.cache.measure() < plain.cache.measure() + 3 * HEADS * 64 * 2 * DIM * 4 + DIM * DIM * 4 + 3000
+
+
+def test_unequal_widths_need_plain_pages() -> None:
+    with pytest.raises(RecipeError, match="left 8 and 12 numbers a token"):
+        Layer(Policy("think", encoder=InHalves())).feed(200)

@@ -39,6 +39,8 @@ SMALL: dict[str, dict[str, Any]] = {
 FULL_RANK: dict[str, dict[str, Any]] = {
     "think": {"ratio": 0.0},
     "palu": {"key_share": 1.0, "value_share": 1.0},
+    "hadamard": {},
+    "rotatekv": {},
     "minicache": {"retained": 1.0},
     "xkv": {"key_share": 1.0, "value_share": 1.0},
     "cskv": {"key_density": 1.0, "value_density": 1.0},
@@ -133,7 +135,7 @@ def test_sharer(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -
 @pytest.mark.parametrize("is_whole", [False, True], ids=["as_is", "full_rank"])
 @pytest.mark.parametrize("cls", methods.TRANSFORMS.values(), ids=lambda cls: cls.id)
 def test_transform(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -> None:
-    transform = cls(**FULL_RANK.get(cls.id, {})) if is_whole else small(cls)
+    transform = cls(**FULL_RANK[cls.id]) if is_whole else small(cls)
     check_transform(transform, num_tokens, is_lossless=is_whole, dim=dim, hkv=hkv, group=3)
 
 

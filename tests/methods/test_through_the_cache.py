@@ -19,6 +19,7 @@ RECIPES = [
     *(f"{name} | int8" for name in TRANSFORMS),
     *(f"keydiff | adakv | {name} | int8 @ 140" for name in TRANSFORMS),
     *(f"keydiff | {name} | hadamard @ 140" for name in TRANSFORMS),
+    *(f"think | {name}" for name, cls in QUANTIZERS.items() if cls().page_format is not None),
     *SHARERS,
     *(f"keydiff | adakv | {name} | hadamard | int8 @ 140" for name in SHARERS),
     "hadamard | int4 | quest(tokens=64, dense_layers=0)",

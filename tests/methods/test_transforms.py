@@ -21,6 +21,7 @@ from steno.kernels.attention import attend_heads
 from steno.methods.transform.cskv import CSKV
 from steno.methods.transform.hadamard import Hadamard, rotation
 from steno.methods.transform.palu import Palu
+from steno.methods.transform.rotatekv import RotateKV
 from steno.methods.transform.think import ThinK
 from steno.types import KeptTokens, Rope
 from tiny import SHARED
@@ -75,6 +76,58 @@ def test_a_rotation_saves_coarse_codes_from_an_outlier() -> None:
         others = torch.arange(64) != 5
         errors[recipe] = float((decoded - v[0])[..., others].square().mean() / v[0][..., others].square().mean())
     assert errors["hadamard | int2"] < errors["int2"] / 2
+
+
+# rotatekv
+
+
+@pytest.mark.parametrize("recipe", ["rotatekv", "rotatekv(sinks=0)", "rotatekv | int8", "keydiff | rotatekv @ 150"])
+def test_rotatekv_answers_as_the_dense_cache(recipe: str) -> None:
+    layer, keys, values = layer_with(recipe, 200, hkv=4)
+    q = torch.randn(1, 12, 1, 16)
+    new = torch.randn(2, 1, 4, 1, 16)
+    layer.update(new[0], new[1])
+    out = layer.attend(q, None, scale=0.25)
+    positions = layer.content.positions(0, 201)
+    heads = [
+        (torch.cat([keys[h], new[0, 0, h]])[p], torch.cat([values[h], new[1, 0, h]])[p])
+        for h, p in enumerate(positions)
+    ]
+    expected, _ = attend_heads(q[0], heads, scale=0.25)
+    assert torch.allclose(out[0], expected, atol=0.03 if "int8" in recipe else 1e-4)
+
+
+def test_rotatekv_leaves_the_first_tokens_whole() -> None:
+    for recipe, count in (("rotatekv(sinks=4)", 4), ("keydiff | rotatekv(sinks=30) @ 150", None)):
+        layer, keys, _ = layer_with(recipe, 200, hkv=4)
+        first, second = layer.content.rows[0].segments
+        assert isinstance(first, DenseSegment)
+        assert isinstance(second, LatentSegment)
+        where = layer.content.positions(0, 200)[0]
+        assert len(first.decode(torch.float32)[0][0]) == (count or int((where < 30).sum()))
+        assert torch.equal(first.decode(torch.float32)[1][0], keys[1, where[: first.lengths[0]]])
+
+
+def test_rotatekv_orders_channels_by_their_mean_and_can_be_calibrated(tmp_path: Path) -> None:
+    tokens = tokens_of(60, hkv=4)
+    basis = RotateKV(heads=2).fit(tokens)
+    assert basis.matrix.shape == (32, 32)
+    latents = torch.cat(basis.change(tokens).keys, dim=1).mean(0)
+    assert (latents.diff() > -1e-5).all()
+    means = torch.stack([torch.cat([tokens.rope.undo(k, tokens.positions[0]).mean(0) for k in tokens.keys])] * 4)
+    save_calibration(tmp_path / "means.safetensors", {"key_mean": means}, {})
+    calibrated = RotateKV(heads=2, statistics=str(tmp_path / "means.safetensors"))
+    assert torch.equal(calibrated.fit(tokens).order, basis.order)
+    with pytest.raises(CalibrationError, match="calibrate on this model"):
+        calibrated.fit(tokens_of(60, hkv=2))
+
+
+def test_a_rotation_before_rope_does_not_commute_with_it() -> None:
+    tokens = tokens_of(20, hkv=1)
+    turned = rotation(16)
+    before = tokens.rope.apply(tokens.keys[0] @ turned, tokens.positions[0])
+    after = tokens.rope.apply(tokens.keys[0], tokens.positions[0]) @ turned
+    assert not torch.allclose(before, after, atol=1e-2)
 
 
 # think

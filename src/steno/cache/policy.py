@@ -58,6 +58,11 @@ class Transform(Protocol):
     """A method that fits a basis to what is kept of a prompt."""
 
     @property
+    def first_tokens(self) -> int:
+        """The first tokens of a prompt, those at positions below this, stay plain where all heads keep them."""
+        ...
+
+    @property
     def recent_tokens(self) -> int:
         """So many newest tokens at least stay plain."""
         ...

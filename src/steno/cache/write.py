@@ -14,7 +14,7 @@ from steno.cache.row import Row, pack_kept
 from steno.cache.segment import DenseSegment, HeadKV, PagedSegment, Segment
 from steno.cache.transformed import Basis
 from steno.cache.unequal import UnequalPagedSegment
-from steno.errors import IntegrityError
+from steno.errors import IntegrityError, RecipeError
 from steno.types import PAGE_TOKENS, KeptTokens, Observation, Rope
 
 
@@ -67,8 +67,10 @@ class SegmentWriter:
         return row, tail
 
     def split_prompt(self, selection: Selection, observation: Observation) -> tuple[Row, Full | None, HeadKV]:
-        """A row without segments yet, the tokens that are to be its first, and those that begin the tail; every head
-        keeps the same number."""
+        """A row with the first tokens alone, the tokens that are to be its next segment, and those that begin the tail.
+
+        Every head keeps the same number of tokens.
+        """
         row, kv = _row_of(selection), selection.kv
         keys, values = kv.keys, kv.values
         positions = [kv.positions] * kv.num_kv_heads
@@ -79,12 +81,22 @@ class SegmentWriter:
             keys, values = keys.gather(1, index), values.gather(1, index)
         tokens = self._tokens(keys, values, positions, observation)
         row.bases = self._fit(tokens)
-        full = self._full(keys.shape[1])
-        tail = keys[:, full:], values[:, full:]
+        first = min(self._num_first(tokens))
+        full = self._full(keys.shape[1] - first)
         if not full:
-            return row, None, tail
-        part = _part(tokens, [slice(0, full)] * kv.num_kv_heads)
-        return row, Full(tokens=part, stacked_keys=keys[:, :full], stacked_values=values[:, :full]), tail
+            return row, None, (keys, values)
+        if first:
+            heads = [(k[:first], v[:first]) for k, v in zip(keys, values, strict=True)]
+            row.segments.append(DenseSegment.of(heads, summarize=self.summarize))
+        end = first + full
+        part = _part(tokens, [slice(first, end)] * kv.num_kv_heads)
+        stacked = Full(tokens=part, stacked_keys=keys[:, first:end], stacked_values=values[:, first:end])
+        return row, stacked, (keys[:, end:], values[:, end:])
+
+    def _num_first(self, tokens: KeptTokens) -> list[int]:
+        """How many tokens of each head stay plain because they are the first of the prompt."""
+        bound = max((transform.first_tokens for transform in self.policy.transforms), default=0)
+        return [int((p < bound).sum()) if bound else 0 for p in tokens.positions]
 
     def store(self, tokens: KeptTokens) -> Segment:
         """A segment of tensors in the form of tokens: transformed and quantized as the policy asks."""
@@ -143,13 +155,16 @@ class SegmentWriter:
         return tuple(bases)
 
     def _ragged_segments(self, tokens: KeptTokens) -> tuple[tuple[Basis, ...], list[Segment]]:
-        bases, unit = self._fit(tokens), self.chunk_tokens
-        full = [max(0, n - self.recent_tokens) // unit * unit for n in tokens.lengths]
-        whole, rest = _part(tokens, [slice(0, n) for n in full]), _part(tokens, [slice(n, None) for n in full])
-        segments = [self._write(whole, bases)] if any(full) else []
-        if any(rest.lengths):
-            heads = list(zip(rest.keys, rest.values, strict=True))
-            segments.append(DenseSegment.of(heads, log_counts=rest.log_counts, summarize=self.summarize))
+        bases, unit, first = self._fit(tokens), self.chunk_tokens, self._num_first(tokens)
+        pairs = list(zip(tokens.lengths, first, strict=True))
+        ends = [n + max(0, length - n - self.recent_tokens) // unit * unit for length, n in pairs]
+        plain = [_part(tokens, [slice(0, n) for n in first]), _part(tokens, [slice(n, None) for n in ends])]
+        whole = _part(tokens, [slice(a, b) for a, b in zip(first, ends, strict=True)])
+        segments = [self._write(whole, bases)] if any(whole.lengths) else []
+        for part, at in zip(plain, (0, len(segments) + 1), strict=True):
+            if any(part.lengths):
+                heads = list(zip(part.keys, part.values, strict=True))
+                segments.insert(at, DenseSegment.of(heads, log_counts=part.log_counts, summarize=self.summarize))
         return bases, segments
 
     def _write(self, tokens: KeptTokens, bases: Sequence[Basis]) -> Segment:
@@ -165,7 +180,13 @@ class SegmentWriter:
 
     def _stored(self, tokens: KeptTokens) -> Segment:
         fmt, encoder = self.policy.page_format, self.policy.encoder
+        widths = tokens.keys[0].shape[1], tokens.values[0].shape[1]
         if encoder is not None:
+            if widths[0] != widths[1]:
+                raise RecipeError(
+                    f"this quantize stage stores keys and values of one width; those before it left {widths[0]} and "
+                    f"{widths[1]} numbers a token: use a stage of plain pages, such as int4."
+                )
             segment = encoder.encode(tokens)
             if tuple(segment.lengths) != tokens.lengths:
                 held = tuple(segment.lengths)
@@ -174,7 +195,7 @@ class SegmentWriter:
         heads = list(zip(tokens.keys, tokens.values, strict=True))
         if fmt is None:
             return DenseSegment.of(heads, log_counts=tokens.log_counts, summarize=self.summarize)
-        if heads[0][0].shape[1] != heads[0][1].shape[1]:
+        if widths[0] != widths[1]:
             return UnequalPagedSegment.encode(heads, fmt, log_counts=tokens.log_counts)
         return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts, summarize=self.summarize)
 

@@ -36,6 +36,7 @@ from steno.methods.share.xkv import XKV
 from steno.methods.transform.cskv import CSKV
 from steno.methods.transform.hadamard import Hadamard
 from steno.methods.transform.palu import Palu
+from steno.methods.transform.rotatekv import RotateKV
 from steno.methods.transform.think import ThinK
 
 KINDS = ("score", "allocate", "merge", "share", "transform", "quantize", "access")
@@ -47,7 +48,7 @@ SCORERS: dict[str, type[Scorer]] = {
 ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
-TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, ThinK, Palu, CSKV)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {
@@ -96,6 +97,7 @@ __all__ = [
     "PyramidKV",
     "Quantizer",
     "Quest",
+    "RotateKV",
     "Scorer",
     "Sharer",
     "SnapKV",

@@ -96,6 +96,10 @@ class Transform(Method, Protocol):
         """How many of the last queries `tokens.observation.queries` must hold; 0 without `Need.QUERIES`."""
 
     @property
+    def first_tokens(self) -> int:
+        """The first tokens of a prompt, those at positions below this, stay plain where all heads keep them."""
+
+    @property
     def recent_tokens(self) -> int:
         """So many newest tokens at least stay plain."""
 

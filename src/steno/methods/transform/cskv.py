@@ -73,6 +73,10 @@ class CSKV:
         return 0
 
     @property
+    def first_tokens(self) -> int:
+        return 0
+
+    @property
     def recent_tokens(self) -> int:
         return 0
 

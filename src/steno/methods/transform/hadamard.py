@@ -46,6 +46,10 @@ class Hadamard:
         return 0
 
     @property
+    def first_tokens(self) -> int:
+        return 0
+
+    @property
     def recent_tokens(self) -> int:
         return 0
 
@@ -65,10 +69,13 @@ class Hadamard:
 
 @lru_cache(maxsize=16)
 def _basis(key_dim: int, value_dim: int, device: torch.device) -> Basis:
-    key = rotation(key_dim).to(device)[None]
-    return MatrixBasis(
-        key_matrix=key, value_matrix=key if key_dim == value_dim else rotation(value_dim).to(device)[None]
-    )
+    return MatrixBasis(key_matrix=rotation_on(key_dim, device)[None], value_matrix=rotation_on(value_dim, device)[None])
+
+
+@lru_cache(maxsize=16)
+def rotation_on(dim: int, device: torch.device) -> Tensor:
+    """`rotation` on a device, the same tensor for all who ask."""
+    return rotation(dim).to(device)
 
 
 def rotation(dim: int) -> Tensor:

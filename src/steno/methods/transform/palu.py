@@ -77,6 +77,10 @@ class Palu:
         return 0
 
     @property
+    def first_tokens(self) -> int:
+        return 0
+
+    @property
     def recent_tokens(self) -> int:
         return 0
 

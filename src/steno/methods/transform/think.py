@@ -69,6 +69,10 @@ class ThinK:
         return self.window
 
     @property
+    def first_tokens(self) -> int:
+        return 0
+
+    @property
     def recent_tokens(self) -> int:
         return self.recent
 
