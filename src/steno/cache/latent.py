@@ -121,7 +121,8 @@ class LatentSegment(Segment):
 class LowRankBasis(LatentBasis):
     """Projections of groups of neighbouring heads onto a few directions, orthonormal in each group.
 
-    key_directions: `[Hl, g * D, rk]`, value_directions: `[Hl, g * D, rv]` fp32, of Hl groups of g heads.
+    key_directions: `[Hl, g * D, rk]`, value_directions: `[Hl, g * D, rv]`, of Hl groups of g heads, in the
+    dtype of the tokens.
     """
 
     key_directions: Tensor

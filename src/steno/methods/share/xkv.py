@@ -76,7 +76,7 @@ class XKV:
         return max(1, round(width * self.key_share)), max(1, round(width * self.value_share))
 
     def fixed_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
-        """A layer's own factors, fp32, and the frequencies of RoPE."""
+        """A layer's own factors, at most fp32, and the frequencies of RoPE."""
         channels = num_kv_heads * head_dim
         return channels * sum(self._ranks(min(self.layers, num_layers) * channels)) * 4 + head_dim * 2
 
@@ -101,7 +101,9 @@ class XKV:
         return [
             LatentSegment(
                 inner=inner,
-                basis=LowRankBasis(key_directions=k[None], value_directions=v[None], head_dim=keys[0].shape[2]),
+                basis=LowRankBasis(
+                    key_directions=k[None].to(dtype), value_directions=v[None].to(dtype), head_dim=keys[0].shape[2]
+                ),
                 positions=where,
                 rope=layer.rope,
             )

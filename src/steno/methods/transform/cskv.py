@@ -90,7 +90,7 @@ class CSKV:
         return key, value
 
     def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """The directions of all channels, fp32, and the frequencies of RoPE."""
+        """The directions of all channels, at most fp32, and the frequencies of RoPE."""
         return num_kv_heads * head_dim * sum(self._ranks(num_kv_heads, head_dim)) * 4 + head_dim * 2
 
     def fit(self, tokens: KeptTokens) -> Basis:

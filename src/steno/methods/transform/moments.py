@@ -29,7 +29,8 @@ def low_rank_basis(
     dim = tokens.keys[0].shape[1]
     if statistics is None:
         keys = [k if tokens.rope is None else tokens.rope.undo(k, tokens.positions[0]) for k in tokens.keys]
-        return _basis(second_moment(keys), second_moment(tokens.values), num_groups, key_rank, value_rank, dim)
+        moments = second_moment(keys), second_moment(tokens.values)
+        return _basis(*moments, num_groups, key_rank, value_rank, dim, tokens.keys[0].dtype)
     found = load_calibration(statistics, MOMENTS)
     key, value = found["key_moment"], found["value_moment"]
     width = len(tokens.keys) * dim
@@ -38,7 +39,9 @@ def low_rank_basis(
             f"the moments of {statistics} must be those of this model, [{tokens.num_layers}, {width}, {width}]; got "
             f"{[*key.shape]} and {[*value.shape]}: calibrate on this model."
         )
-    return _calibrated(key, value, tokens.layer_idx, num_groups, key_rank, value_rank, dim, tokens.keys[0].device)
+    like = tokens.keys[0]
+    ranks = num_groups, key_rank, value_rank, dim
+    return _calibrated(key, value, tokens.layer_idx, *ranks, like.dtype, like.device)
 
 
 @lru_cache(maxsize=256)
@@ -50,16 +53,19 @@ def _calibrated(
     key_rank: int,
     value_rank: int,
     dim: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> LowRankBasis:
     """One basis for all sequences; the tensors of a file are the same objects as long as it does not change."""
     moments = key[layer_idx].to(device), value[layer_idx].to(device)
-    return _basis(*moments, num_groups, key_rank, value_rank, dim)
+    return _basis(*moments, num_groups, key_rank, value_rank, dim, dtype)
 
 
-def _basis(key: Tensor, value: Tensor, num_groups: int, key_rank: int, value_rank: int, dim: int) -> LowRankBasis:
+def _basis(
+    key: Tensor, value: Tensor, num_groups: int, key_rank: int, value_rank: int, dim: int, dtype: torch.dtype
+) -> LowRankBasis:
     return LowRankBasis(
-        key_directions=principal_directions(key, num_groups, key_rank),
-        value_directions=principal_directions(value, num_groups, value_rank),
+        key_directions=principal_directions(key, num_groups, key_rank).to(dtype),
+        value_directions=principal_directions(value, num_groups, value_rank).to(dtype),
         head_dim=dim,
     )
