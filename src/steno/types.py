@@ -169,8 +169,11 @@ class PageFormat:
 
     bits: 8, 4 or 2. key_group: tokens of one channel that share a scale (keys are grouped along time, per channel).
     value_group: channels of one token that share a scale (values are grouped along channels, per token).
+    codebook: a name in `steno.kernels.quant.codebooks.CODEBOOKS` if codes stand for its levels, with a scale per group and
+    no minimum; then `bits` are those of the codebook, and groups of keys too are channels of one token.
     """
 
     bits: int
     key_group: int = 64
     value_group: int = 64
+    codebook: str | None = None

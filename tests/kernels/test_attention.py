@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from steno.kernels import native
 from steno.kernels.attention import DenseSpan, PageSpan, SpanTable, attend, merge_attention
 from steno.kernels.quant import encode_pages
+from steno.kernels.quant.codebooks import CODEBOOKS
 from steno.types import PageFormat
 
 ISAS = native.available_isas()
@@ -23,14 +24,20 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 @st.composite
-def spans(draw, head_dim, generator):
-    bits = draw(st.sampled_from([0, 8, 4, 2]))
-    if bits:
-        fmt = PageFormat(
-            bits=bits,
-            key_group=draw(st.sampled_from([16, 32, 64])),
-            value_group=draw(st.sampled_from([16, 32, 48, 64, 1000])),
-        )
+def page_formats(draw, name):
+    """A format of pages with so many bits, or with a codebook."""
+    if name not in CODEBOOKS:
+        groups = draw(st.sampled_from([16, 32, 64])), draw(st.sampled_from([16, 32, 48, 64, 1000]))
+        return PageFormat(bits=name, key_group=groups[0], value_group=groups[1])
+    sizes = st.just(1000) if CODEBOOKS[name].whole_token else st.sampled_from([16, 32, 48, 64, 1000])
+    return PageFormat(bits=CODEBOOKS[name].bits, key_group=draw(sizes), value_group=draw(sizes), codebook=name)
+
+
+@st.composite
+def spans(draw, head_dim, generator, books):
+    name = draw(st.sampled_from([0, 8, 4, 2, *books]))
+    if name:
+        fmt = draw(page_formats(name))
         keys, values = torch.randn(2, draw(st.integers(1, 3)), 64, head_dim, generator=generator).unbind()
         num_tokens = 64 * len(keys)
     else:
@@ -38,18 +45,20 @@ def spans(draw, head_dim, generator):
         dtype = draw(DTYPES)
         keys, values = torch.randn(2, num_tokens, head_dim, generator=generator).to(dtype).unbind()
     log_counts = torch.rand(num_tokens, generator=generator) * 3 if draw(st.booleans()) else None
-    return PageSpan(encode_pages(keys, values, fmt), log_counts) if bits else DenseSpan(keys, values, log_counts)
+    return PageSpan(encode_pages(keys, values, fmt), log_counts) if name else DenseSpan(keys, values, log_counts)
 
 
 @st.composite
-def cases(draw, most_heads=3, most_queries=70, head_dims=HEAD_DIMS):
+def cases(draw, most_heads=3, most_queries=70, head_dims=HEAD_DIMS, books=tuple(CODEBOOKS)):
     """Queries, a table, and the options of attend."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, kv_heads = draw(st.integers(1, most_heads)), draw(st.integers(1, most_heads))
     group = draw(st.integers(1, 8))
     num_queries = draw(st.one_of(st.integers(1, 4), st.integers(1, most_queries)))
     head_dim = draw(st.sampled_from(head_dims))
-    rows = [[draw(st.lists(spans(head_dim, generator), max_size=2)) for _ in range(kv_heads)] for _ in range(batch)]
+    rows = [
+        [draw(st.lists(spans(head_dim, generator, books), max_size=2)) for _ in range(kv_heads)] for _ in range(batch)
+    ]
     lengths = None
     if draw(st.booleans()):
         lengths = [draw(LENGTHS) for _ in range(batch)]
@@ -118,7 +127,7 @@ def test_native_kernel_is_as_exact_as_the_oracle(case):
 
 
 @needs_triton
-@given(case=cases(most_heads=2, most_queries=4, head_dims=[1, 20, 64, 96]))
+@given(case=cases(most_heads=2, most_queries=4, head_dims=[1, 20, 64, 96], books=()))
 @settings(max_examples=20, deadline=None)
 def test_triton_kernel_is_as_exact_as_the_oracle(case):
     check_against_the_oracle(case, {"triton": partial(run, "triton")})
@@ -134,19 +143,19 @@ def keys_like_a_model(draw, num_tokens, head_dim, generator):
 
 
 @needs_native
-@pytest.mark.parametrize("bits", [0, 8, 4, 2])
+@pytest.mark.parametrize("kind", [0, 8, 4, 2, *CODEBOOKS])
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_errors_stay_below_twice_those_of_pytorch_in_bf16(bits, data):
+def test_errors_stay_below_twice_those_of_pytorch_in_bf16(kind, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     head_dim, group = data.draw(st.sampled_from([64, 80, 128, 256])), data.draw(st.sampled_from([1, 3, 8, 16]))
     num_queries, num_pages = data.draw(st.sampled_from([1, 2, 5, 64])), data.draw(st.integers(2, 12))
     keys = data.draw(keys_like_a_model(64 * num_pages, head_dim, generator))
     values = torch.randn(64 * num_pages, head_dim, generator=generator)
     span = DenseSpan(keys.bfloat16(), values.bfloat16())
-    if bits:
+    if kind:
         pages = (x.view(-1, 64, head_dim) for x in (keys, values))
-        span = PageSpan(encode_pages(*pages, PageFormat(bits=bits, key_group=data.draw(st.sampled_from([32, 64])))))
+        span = PageSpan(encode_pages(*pages, data.draw(page_formats(kind))))
     table = SpanTable.build([[[span]]], head_dim=head_dim)
     q, scale = torch.randn(1, group, num_queries, head_dim, generator=generator), head_dim**-0.5
     exact, _ = attend(q.double(), table, scale=scale, causal=False, impl="naive")

@@ -13,6 +13,7 @@ from steno import methods
 from steno.cache.accounting import held_bytes, tensors_of
 from steno.cache.segment import DenseSegment, Segment
 from steno.kernels.attention import attend_heads
+from steno.kernels.quant import decode_pages, encode_pages, page_bytes
 from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Sharer, Transform
 from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
@@ -264,14 +265,17 @@ def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossles
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Groups divide a page, and the tail closes at page borders, or at those of an encoder's chunks."""
+    """Pages of the format hold tokens, and the tail closes at page borders, or at those of an encoder's chunks."""
     page = quantizer.page_format
     assert quantizer.residual_tokens > 0
     if page is None:
         assert quantizer.residual_tokens % cast(Encoder, quantizer).chunk_tokens == 0
         return
-    assert page.bits in (2, 4, 8)
-    assert PAGE_TOKENS % page.key_group == 0
+    keys = torch.randn(2, 2, PAGE_TOKENS, 48, generator=torch.Generator().manual_seed(0))
+    pages = encode_pages(keys, keys.flip(1), page)
+    assert pages.nbytes == sum(x.nbytes for x in pages.tensors) == 4 * page_bytes(page, 48)
+    decoded = decode_pages(pages)[0].reshape(keys.shape)
+    assert (decoded - keys).square().mean() < 0.5
     assert quantizer.residual_tokens % PAGE_TOKENS == 0
 
 

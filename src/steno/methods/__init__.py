@@ -22,8 +22,11 @@ from steno.methods.interfaces import (
     Transform,
 )
 from steno.methods.merge.evict import Evict
+from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
+from steno.methods.quantize.llamacpp import Q4_0, Q8_0
+from steno.methods.quantize.nvfp4 import NVFP4
 from steno.methods.score.expected_attention import ExpectedAttention
 from steno.methods.score.h2o import H2O
 from steno.methods.score.keydiff import KeyDiff
@@ -49,7 +52,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, Pyram
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
-QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI)}
+QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0)}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {
     **SCORERS,
@@ -65,11 +68,15 @@ __all__ = [
     "ACCESSORS",
     "ALLOCATORS",
     "CSKV",
+    "FP8",
     "H2O",
     "KINDS",
     "KIVI",
     "MERGERS",
     "METHODS",
+    "NVFP4",
+    "Q4_0",
+    "Q8_0",
     "QUANTIZERS",
     "SCORERS",
     "SHARERS",

@@ -55,6 +55,8 @@ def attend(
     _check(q, table, impl)
     if impl == "auto":
         impl = _choose(q, asked=isa is not None)
+        if impl == "triton" and table.has_codebooks:
+            impl = "naive"
     if append is not None and (impl != "cpu" or not _fits_natively(append, table)):
         table.append(*append)
         append = None

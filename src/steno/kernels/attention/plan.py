@@ -119,6 +119,8 @@ def _kind(span: Span, entry: list[int]) -> Kind:
     if addresses % ALIGNMENT_BYTES:
         raise BadArgument(f"packed codes must begin at a multiple of {ALIGNMENT_BYTES} bytes; these do not.")
     fmt = span.pages.fmt
+    if fmt.codebook is not None:
+        raise BadArgument(f"Triton kernels do not read pages of {fmt.codebook}; use impl='auto' or 'naive'.")
     return Kind(-1, fmt.bits, fmt.key_group, min(fmt.value_group, span.head_dim), True)
 
 

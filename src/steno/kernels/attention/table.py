@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steno.errors import BadArgument
+from steno.kernels.quant.codebooks import BOOK, CODEBOOKS, level_table
 
 from .spans import DENSE_DTYPES, DenseSpan, Span
 
@@ -22,7 +23,7 @@ class Column(IntEnum):
     """Columns of the entries; the struct `Entry` of csrc/attend.h has the same order."""
 
     FORMAT = 0
-    """0, 1, 2: dense fp32, bf16, fp16; 8, 4, 2 + 16: pages of so many bits."""
+    """0, 1, 2: dense fp32, bf16, fp16; 8, 4, 2 + 16: pages of so many bits; from 64 on: `Codebook.native_format`."""
     KEYS = auto()
     VALUES = auto()
     KEY_PARAMS = auto()
@@ -34,6 +35,8 @@ class Column(IntEnum):
     """-1: the span is read whole."""
     KEY_GROUP = auto()
     VALUE_GROUP = auto()
+    LEVELS = auto()
+    """Address of the levels of a codebook of at most 16, or 0."""
 
 
 PAGED = 16
@@ -52,6 +55,7 @@ class SpanTable:
     page_ids: entry → int32 page indices to read instead of the whole span.
     tail: keys and values `[B, Hkv, capacity, D]`, the buffers of the last span of every head, which still grow, or None;
     tail_lengths: how many tokens of each row count.
+    has_codebooks: whether codes of some pages stand for levels of a codebook, which Triton kernels do not read.
     version: how often the entries changed. plan: what a kernel on a device has made of this table, or None.
     """
 
@@ -65,6 +69,7 @@ class SpanTable:
         self.tail_lengths: list[int] = []
         self.version = 0
         self.plan: Plan | None = None
+        self.has_codebooks = bool((entries[:, Column.FORMAT] >= BOOK).any())
         self._tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
         self._tail_capacities = [_tail_capacity(row) for row in rows]
 
@@ -174,11 +179,14 @@ def _entry(span: Span) -> list[int]:
     log_counts = 0 if span.log_counts is None else span.log_counts.data_ptr()
     if isinstance(span, DenseSpan):
         addresses = [span.keys.data_ptr(), span.values.data_ptr(), 0, 0]
-        return [DENSE_DTYPES.index(span.keys.dtype), *addresses, span.num_tokens, log_counts, 0, -1, 0, 0]
+        return [DENSE_DTYPES.index(span.keys.dtype), *addresses, span.num_tokens, log_counts, 0, -1, 0, 0, 0]
     pages = span.pages
     addresses = [tensor.data_ptr() for tensor in pages.tensors]
     groups = [pages.fmt.key_group, pages.fmt.value_group]
-    return [PAGED + pages.fmt.bits, *addresses, span.num_tokens, log_counts, 0, -1, *groups]
+    name = pages.fmt.codebook
+    native_format = PAGED + pages.fmt.bits if name is None else CODEBOOKS[name].native_format
+    levels = 0 if name is None or pages.fmt.bits == 8 else level_table(name).data_ptr()
+    return [native_format, *addresses, span.num_tokens, log_counts, 0, -1, *groups, levels]
 
 
 def _tail_capacity(row: list[list[Span]]) -> int:

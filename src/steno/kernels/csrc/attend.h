@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
@@ -20,20 +20,29 @@ struct Entry {
     int64_t num_page_ids;  // -1: the span is read whole
     int64_t key_group;
     int64_t value_group;
+    const float *levels;  // [16], what the codes of a codebook stand for, repeated; null: they are numbers by themselves
 };
-static_assert(sizeof(Entry) == 11 * 8, "entries are rows of 11 int64");
+static_assert(sizeof(Entry) == 12 * 8, "entries are rows of 12 int64");
 
-// Values of Entry.format; pages are kPaged + bits.
-constexpr int64_t kPaged = 16;
+// Values of Entry.format. Pages are kPaged + bits: whole numbers with a scale and a minimum per group. Or kBook + bits:
+// codes that stand for levels, with a scale per group and no minimum; kByteScales: scales are E4M3 bytes behind one fp32
+// of the page. `bits` is the low four bits of a format: kTrits are five ternary codes in a byte.
+constexpr int64_t kPaged = 16, kBook = 64, kByteScales = 256;
+constexpr int kTrits = 5;
 enum Format : int64_t {
     kFloat = 0,
     kBfloat16 = 1,
     kHalf = 2,
     kInt2 = kPaged + 2,
     kInt4 = kPaged + 4,
-    kInt8 = kPaged + 8
+    kInt8 = kPaged + 8,
+    kExcess8 = kBook + 8,  // code - 128
+    kE4m3 = kBook + 16 + 8,
+    kE5m2 = kBook + 32 + 8
 };
+inline int64_t bits_of(int64_t format) { return format & 15; }
 inline bool is_paged(const Entry &entry) { return entry.format > kHalf; }
+inline bool is_book(int64_t format) { return format >= kBook; }
 
 // The arguments of steno_attend; `_Problem` of steno/kernels/attention/cpu.py has the same fields.
 struct Problem {
@@ -120,6 +129,28 @@ inline int64_t count_tiles(const Problem &p, const Entry &entry, bool is_tail, i
     const int64_t tokens = entry.tokens - (is_tail ? hidden_from(p, last) : 0);
     return tokens > 0 ? ceil_div(tokens, kPageTokens) : 0;
 }
+
+// The arguments of steno_multiply: out[m][i * out_step + c] += sum over r of x[m][i * x_step + r] * matrix i [r][c], for
+// packed matrices of one format and shape, one after the other. `_MatrixProblem` of steno/kernels/quant/cpu.py has the
+// same fields. Rows of x have zeros from `rows` on up to a multiple of 16; columns of out are rounded up to one.
+struct MatrixProblem {
+    const float *x;
+    float *out;
+    const uint8_t *codes;
+    const uint16_t *params;
+    const float *levels;
+    int64_t format;
+    int64_t rows;
+    int64_t columns;
+    int64_t group;      // columns that share a scale, or rows
+    int64_t by_column;  // whether scales differ from column to column, as only those of a codebook can
+    int64_t num_matrices;
+    int64_t num_vectors;
+    int64_t x_step, x_stride;
+    int64_t out_step, out_stride;
+    int32_t isa;
+};
+using MatrixKernel = void (*)(const MatrixProblem &, const Scratch &);
 
 // Attention of a unit over its tiles [begin, end), counted through its spans in order.
 using Kernel = void (*)(const Problem &, const Unit &, int64_t begin, int64_t end, const Scratch &, const Partial &);

@@ -2,10 +2,11 @@
 // includes this one defines, in the same anonymous namespace, F and I (16 floats, 16 dwords), load, store, set1, add,
 // sub, mul, div, fma, max, prefetch, prefetch_far, round, times_pow2, fraction, times_pow2_floor, any_greater, abs_of,
 // with_sign_of, hsum, hsum16, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, load_line,
-// shift_right, decode_low, transpose16 and kAccumulators, the F that fit its registers, and includes math.inl,
-// operands.inl, one of codes.inl and dots.inl, products.inl, and one of bfloats.inl and bfloat_dots.inl before. Nothing
-// here may be shared between the builds: the linker would keep one copy, with instructions that a machine may lack. So
-// no std:: templates either.
+// load_bytes, shift_right, shift_left, and_of, or_of, plus, halves_of, Table, load_table, look_up, decode_low,
+// transpose16 and kAccumulators, the F that fit its registers, and includes math.inl, operands.inl, levels.inl, one of
+// codes.inl and dots.inl, products.inl, and one of bfloats.inl and bfloat_dots.inl before. Nothing here may be shared
+// between the builds: the linker would keep one copy, with instructions that a machine may lack. So no std:: templates
+// either.
 
 constexpr int kTileVectors = kPageTokens / kLanes;
 constexpr float kInfinity = __builtin_inff();
@@ -32,9 +33,20 @@ inline PageOperand page_operand(const Entry &e, const uint8_t *codes, const uint
                                 int64_t columns, int64_t group) {
     const int64_t blocks = ceil_div(columns, kLanes), groups = ceil_div(columns, group);
     const uint64_t inverse = groups == 1 ? 0 : (uint64_t{1} << 32) / (group / kLanes) + 1;
-    return {{e.format, codes, params, rows, blocks, groups, inverse, 0, 0},
-            count_code_bytes(rows, blocks, e.format - kPaged),
+    return {{e.format, codes, params, rows, blocks, groups, inverse, 0, 0, nullptr, 0},
+            count_code_bytes(rows, blocks, bits_of(e.format)),
             2 * groups * rows};
+}
+
+// Of pages with a codebook: groups are channels of one token, so keys, which lie transposed, have scales by column.
+inline PageOperand book_operand(const Entry &e, const uint8_t *codes, const uint16_t *params, int64_t rows,
+                                int64_t columns, int64_t group, bool by_column) {
+    PageOperand x = page_operand(e, codes, params, rows, columns, by_column ? columns : group);
+    const int64_t scales = by_column ? ceil_div(rows, group) * x.first.blocks * kLanes : x.first.groups * rows;
+    x.first.levels = e.levels;
+    x.first.scale_rows = by_column ? group : 0;
+    x.param_step = e.format & kByteScales ? (scales + 4) / 2 : scales;
+    return x;
 }
 
 // A span as a unit reads it.
@@ -46,7 +58,10 @@ struct SpanView {
 
 inline SpanView view(const Problem &p, const Entry &e, bool is_tail) {
     SpanView span{&e, is_tail, {}, {}};
-    if (is_paged(e)) {
+    if (is_book(e.format)) {
+        span.keys = book_operand(e, e.keys, e.key_params, p.head_dim, kPageTokens, e.key_group, true);
+        span.values = book_operand(e, e.values, e.value_params, kPageTokens, p.head_dim, e.value_group, false);
+    } else if (is_paged(e)) {
         span.keys = page_operand(e, e.keys, e.key_params, p.head_dim, kPageTokens, e.key_group);
         span.values = page_operand(e, e.values, e.value_params, kPageTokens, p.head_dim, e.value_group);
     }
@@ -213,7 +228,7 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
         const Entry &e = *span.entry;
         const int64_t tokens = e.tokens - (span.is_tail ? hidden_from(p, last) : 0);
         const int64_t tiles = count_tiles(p, e, span.is_tail, last);
-        const bool in_place = unit.num_vectors <= (is_paged(e) ? kMaxCodeVectors : kMaxDirect);
+        const bool in_place = unit.num_vectors <= (is_paged(e) && !is_book(e.format) ? kMaxCodeVectors : kMaxDirect);
         // scratch holds one tile
         const int64_t batch_size = in_place && (is_paged(e) || dim % kLanes == 0) ? kBatch : 1;
         Batch batch;
@@ -232,5 +247,38 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
         if (batch.count) attend_batch(p, unit, batch, scratch, out);
         begin -= tiles;
         end -= tiles;
+    }
+}
+
+template <int M>
+void multiply_vectors(const MatrixProblem &p, const Operand &first, int64_t code_step, int64_t param_step, int64_t v,
+                      const Scratch &scratch) {
+    for (int64_t i = 0; i < p.num_matrices; i += kBatch) {
+        const int64_t count = p.num_matrices - i < kBatch ? p.num_matrices - i : kBatch;
+        Operand batch[kBatch];
+        for (int64_t j = 0; j < count; j++) {
+            batch[j] = first;
+            batch[j].codes += (i + j) * code_step, batch[j].params += (i + j) * param_step;
+        }
+        float *const out = p.out + v * p.out_stride + i * p.out_step;
+        multiply<M>(batch, count, p.x + v * p.x_stride + i * p.x_step, p.x_step, p.x_stride, scratch,
+                    {out, p.out_stride, p.out_step, out, p.out_stride, p.out_step});
+    }
+}
+
+void multiply_matrices(const MatrixProblem &p, const Scratch &scratch) {
+    Entry e{};
+    e.format = p.format, e.levels = p.levels;
+    const PageOperand x = is_book(p.format)
+                              ? book_operand(e, p.codes, p.params, p.rows, p.columns, p.group, p.by_column)
+                              : page_operand(e, p.codes, p.params, p.rows, p.columns, p.group);
+    for (int64_t v = 0; v < p.num_vectors; v += kMaxDirect) {
+        const int64_t left = p.num_vectors - v;
+        switch (left < kMaxDirect ? left : kMaxDirect) {
+            case 1: multiply_vectors<1>(p, x.first, x.code_step, x.param_step, v, scratch); break;
+            case 2: multiply_vectors<2>(p, x.first, x.code_step, x.param_step, v, scratch); break;
+            case 3: multiply_vectors<3>(p, x.first, x.code_step, x.param_step, v, scratch); break;
+            case 4: multiply_vectors<4>(p, x.first, x.code_step, x.param_step, v, scratch); break;
+        }
     }
 }

@@ -106,6 +106,30 @@ inline F decode_low(I x) {
     return {decode_low_of<kBits>(x.lo), decode_low_of<kBits>(x.hi)};
 }
 
+inline I load_bytes(const uint8_t *p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
+inline I shift_left(I x, int n) { return {_mm256_slli_epi32(x.lo, n), _mm256_slli_epi32(x.hi, n)}; }
+inline I and_of(I x, uint32_t mask) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(mask));
+    return {_mm256_and_si256(x.lo, bits), _mm256_and_si256(x.hi, bits)};
+}
+inline I or_of(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+inline I plus(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+// Halves in the low words of dwords, the high ones zero.
+inline F halves_of(I x) {  // packing works within halves of a register
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.lo, x.hi), 0xd8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(words)), _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1))};
+}
+using Table = F;
+inline Table load_table(const float *p) { return load(p); }
+inline __m256 look_up_eight(Table table, __m256i x) {  // bit 3 chooses between the halves of the table
+    const __m256 low = _mm256_permutevar8x32_ps(table.lo, x), high = _mm256_permutevar8x32_ps(table.hi, x);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
+}
+inline F look_up(Table table, I x) { return {look_up_eight(table, x.lo), look_up_eight(table, x.hi)}; }
+
 inline void transpose8(__m256 *x) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
@@ -144,6 +168,7 @@ inline F hsum16(const F *x) {
 
 #include "math.inl"
 #include "operands.inl"
+#include "levels.inl"
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"
@@ -153,7 +178,7 @@ inline F hsum16(const F *x) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {attend, pack, flash, max_attention, encode};
+const Kernels kAvx2Kernels = {attend, pack, flash, max_attention, encode, multiply_matrices};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -17,6 +17,7 @@ namespace {
 #include "avx512.inl"
 #include "math.inl"
 #include "operands.inl"
+#include "levels.inl"
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"
@@ -26,7 +27,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {attend, pack, flash, max_attention, encode};
+const Kernels kAvx512Kernels = {attend, pack, flash, max_attention, encode, multiply_matrices};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -53,6 +53,19 @@ inline F decode_low(I x) {
     return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
+inline I load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline I shift_left(I x, int n) { return _mm512_slli_epi32(x, static_cast<unsigned>(n)); }
+inline I and_of(I x, uint32_t mask) { return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(mask))); }
+inline I or_of(I a, I b) { return _mm512_or_si512(a, b); }
+inline I plus(I a, I b) { return _mm512_add_epi32(a, b); }
+// Halves in the low words of dwords, the high ones zero.
+inline F halves_of(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+using Table = F;
+inline Table load_table(const float *p) { return load(p); }
+inline F look_up(Table table, I x) { return _mm512_permutexvar_ps(x, table); }
+
 inline void transpose16(F *x) {
     F a[16], b[16];
     for (int i = 0; i < 16; i += 2) {

@@ -75,6 +75,7 @@ struct Kernels {
     FlashKernel flash;
     MaxKernel max;
     EncodeKernel encode;
+    MatrixKernel multiply;
 };
 
 extern const Kernels kPortableKernels;

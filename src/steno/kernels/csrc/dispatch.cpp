@@ -336,6 +336,22 @@ EXPORT int32_t steno_abi_version() { return kAbiVersion; }
 
 EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernels(isa) != nullptr; }
 
+// 0: done, 1: no such instruction set, 3: out of memory.
+EXPORT int32_t steno_multiply(const MatrixProblem *problem) try {
+    const Kernels *kernels = find_kernels(problem->isa);
+    if (!kernels) return 1;
+    Problem sizes{};  // of a page with as many channels
+    sizes.head_dim = std::max(problem->rows, problem->columns);
+    Arena counted{nullptr};
+    Worker(counted, sizes, 1);
+    Arena arena{scratch_memory(counted.used)};
+    const Worker worker(arena, sizes, 1);
+    kernels->multiply(*problem, worker.scratch);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 3;
+}
+
 // 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory. With 1 and 2 nothing was appended.
 EXPORT int32_t steno_attend(const Problem *problem, const NewTokens *tokens) try {
     const Problem &p = *problem;

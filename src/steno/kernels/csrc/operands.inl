@@ -3,6 +3,7 @@
 constexpr int64_t kLineBytes = 64;
 
 inline int64_t count_code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
+    if (bits == kTrits) return ceil_div(rows, 5) * blocks * kLanes;
     return ceil_div(rows * bits, 32) * blocks * kLineBytes;
 }
 
@@ -10,20 +11,22 @@ inline int64_t count_code_bytes(int64_t rows, int64_t blocks, int64_t bits) {
 struct Operand {
     int64_t format;
     const uint8_t *codes;
-    const uint16_t *params;  // [2][groups][rows], scales then minima; null for plain numbers
+    const uint16_t *params;  // [2][groups][rows], scales then minima; of a codebook scales only; null for plain numbers
     int64_t rows;
     int64_t blocks;
     int64_t groups;
     uint64_t group_inverse;  // 2^32 over the blocks of a group, rounded up: a division would cost as much as ten rows
     int64_t next_codes;      // how far away the matrix that comes next lies, in bytes and in numbers
     int64_t next_params;
+    const float *levels;  // of a codebook
+    int64_t scale_rows;   // of a codebook: so many rows share a scale, which differs by column, [groups][blocks * 16]; or 0
     int64_t group_of(int64_t block) const { return static_cast<int64_t>(block * group_inverse >> 32); }
-    int64_t code_bytes() const { return count_code_bytes(rows, blocks, format - kPaged); }
+    int64_t code_bytes() const { return count_code_bytes(rows, blocks, bits_of(format)); }
     int64_t coef_rows() const { return (rows + kLanes - 1) & ~int64_t{kLanes - 1}; }
 };
 
 inline Operand plain_operand(int64_t format, const void *numbers, int64_t rows, int64_t blocks) {
-    return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0, 0, 0};
+    return {format, static_cast<const uint8_t *>(numbers), nullptr, rows, blocks, 1, 0, 0, 0, nullptr, 0};
 }
 
 // Where a product begins and ends; start may be out. A stride leads to the next vector, a step to the next tile.
@@ -80,13 +83,6 @@ inline void dequantize_as(const Operand &x, float *dst) {
             store(dst + (r * x.blocks + b) * kLanes, fma(code, scale, minimum));
         }
     }
-}
-
-inline Operand dequantize(Operand x, float *dst) {
-    if (x.format == kInt8) dequantize_as<8>(x, dst);
-    else if (x.format == kInt4) dequantize_as<4>(x, dst);
-    else dequantize_as<2>(x, dst);
-    return plain_operand(kFloat, dst, x.rows, x.blocks);
 }
 
 // Dense keys [count][dim] to fp32 [padded dim][64], columns from count on zero.

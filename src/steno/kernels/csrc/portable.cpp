@@ -77,6 +77,24 @@ inline F decode_low(I x) {
     return __builtin_convertvector(reinterpret_cast<S>(x & ((1u << kBits) - 1)), F);
 }
 
+inline I load_bytes(const uint8_t *p) {
+    I x;
+    for (int i = 0; i < kLanes; i++) x[i] = p[i];
+    return x;
+}
+inline I shift_left(I x, int n) { return x << static_cast<uint32_t>(n); }
+inline I and_of(I x, uint32_t mask) { return x & mask; }
+inline I or_of(I a, I b) { return a | b; }
+inline I plus(I a, I b) { return a + b; }
+inline F halves_of(I x) { return halves_to_float(x); }
+using Table = const float *;
+inline Table load_table(const float *p) { return p; }
+inline F look_up(Table table, I x) {
+    F y;
+    for (int i = 0; i < kLanes; i++) y[i] = table[x[i] & 15u];
+    return y;
+}
+
 inline void transpose16(F *x) {
     float rows[kLanes][kLanes], columns[kLanes][kLanes];
     __builtin_memcpy(rows, x, sizeof rows);
@@ -94,6 +112,7 @@ inline F hsum16(const F *x) {
 
 #include "math.inl"
 #include "operands.inl"
+#include "levels.inl"
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"
@@ -103,4 +122,4 @@ inline F hsum16(const F *x) {
 
 }  // namespace
 
-const Kernels kPortableKernels = {attend, pack, flash, max_attention, encode};
+const Kernels kPortableKernels = {attend, pack, flash, max_attention, encode, multiply_matrices};

@@ -41,7 +41,9 @@ inline void multiply_bfloats(const Operand &a, const float *x, int64_t x_stride,
 template <int M>
 inline void multiply(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
                      const Scratch &scratch, Target t) {
-    if (a->format > kHalf) {
+    if (is_book(a->format)) {
+        if constexpr (M <= kMaxDirect) return multiply_levels<M>(a, count, x, x_step, x_stride, scratch, t);
+    } else if (a->format > kHalf) {
         if constexpr (M <= kMaxCodeVectors) {
             if (a->format == kInt8) return multiply_codes<8, M>(a, count, x, x_step, x_stride, scratch, t);
             if (a->format == kInt4) return multiply_codes<4, M>(a, count, x, x_step, x_stride, scratch, t);

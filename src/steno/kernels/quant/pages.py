@@ -17,6 +17,7 @@ from steno.kernels import triton_runtime
 from steno.types import PAGE_TOKENS, PageFormat
 
 from . import cpu
+from .codebooks import CODEBOOKS, dequantize_tokens, param_bytes, quantize_tokens
 from .groups import dequantize_groups, quantize_groups
 from .packing import LANES, code_bytes, pack_codes, unpack_codes
 
@@ -29,7 +30,7 @@ class Pages:
 
     key_codes, value_codes: `[P, bytes]` uint8.
     key_params: `[P, 2, 64 / key_group, D]` fp16, value_params: `[P, 2, ceil(D / value_group), 64]` fp16: scales, then
-    minima.
+    minima. With a codebook both are as `quantize_tokens` of codebooks.py gives them.
     """
 
     fmt: PageFormat
@@ -72,6 +73,8 @@ def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat, *, impl: str = "
         raise BadArgument(f"keys and values must both be [..., {PAGE_TOKENS}, D]; got {shapes}.")
     head_dim = keys.shape[-1]
     _check_format(fmt, head_dim)
+    if fmt.codebook is not None:
+        return _encode_codebook(keys.flatten(0, -3), values.flatten(0, -3), fmt, impl)
     if impl == "cpu" or (impl == "auto" and cpu.can_run(keys, values)):
         return _pages(fmt, head_dim, [*cpu.encode_pages(keys, values, fmt)])
     keys, values = keys.flatten(0, -3), values.flatten(0, -3)
@@ -85,9 +88,21 @@ def encode_pages(keys: Tensor, values: Tensor, fmt: PageFormat, *, impl: str = "
     return _pages(fmt, head_dim, [*codes, key_params, value_params])
 
 
+def _encode_codebook(keys: Tensor, values: Tensor, fmt: PageFormat, impl: str) -> Pages:
+    assert fmt.codebook is not None
+    _torch_alone(impl, fmt)
+    book = CODEBOOKS[fmt.codebook]
+    key_codes, key_params = quantize_tokens(keys, book, fmt.key_group)
+    value_codes, value_params = quantize_tokens(values, book, fmt.value_group)
+    codes = [pack_codes(key_codes.transpose(1, 2), fmt.bits), pack_codes(value_codes, fmt.bits)]
+    return _pages(fmt, keys.shape[-1], [*codes, key_params, value_params])
+
+
 def decode_pages(pages: Pages, dtype: torch.dtype = torch.float32, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """The keys and values `[P, 64, D]` that `pages` stand for. impl: as in `encode_pages`."""
     fmt, head_dim = pages.fmt, pages.head_dim
+    if fmt.codebook is not None:
+        return _decode_codebook(pages, dtype, impl)
     if _chosen(impl, pages.key_codes) == "triton":
         from . import triton
 
@@ -97,6 +112,22 @@ def decode_pages(pages: Pages, dtype: torch.dtype = torch.float32, *, impl: str 
     keys = dequantize_groups(key_codes, pages.key_params, group=fmt.key_group, dtype=dtype)
     values = dequantize_groups(value_codes, pages.value_params, group=fmt.value_group, dtype=dtype)
     return keys.transpose(1, 2).contiguous(), values.contiguous()
+
+
+def _decode_codebook(pages: Pages, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    fmt, head_dim = pages.fmt, pages.head_dim
+    assert fmt.codebook is not None
+    _torch_alone(impl, fmt)
+    book = CODEBOOKS[fmt.codebook]
+    key_codes = unpack_codes(pages.key_codes, head_dim, PAGE_TOKENS, fmt.bits)  # [P, D, 64]
+    value_codes = unpack_codes(pages.value_codes, PAGE_TOKENS, head_dim, fmt.bits)  # [P, 64, D]
+    keys = dequantize_tokens(key_codes.transpose(1, 2), pages.key_params, book, fmt.key_group, dtype)
+    return keys, dequantize_tokens(value_codes, pages.value_params, book, fmt.value_group, dtype)
+
+
+def _torch_alone(impl: str, fmt: PageFormat) -> None:
+    if impl not in ("auto", "torch"):
+        raise BadArgument(f"pages of {fmt.codebook} are encoded and decoded by plain torch alone; got impl={impl!r}.")
 
 
 def _chosen(impl: str, x: Tensor) -> str:
@@ -113,6 +144,9 @@ def page_bytes(fmt: PageFormat, head_dim: int) -> int:
     """Exact bytes of one page: codes and params of its keys and values."""
     _check_format(fmt, head_dim)
     codes = code_bytes(head_dim, PAGE_TOKENS, fmt.bits) + code_bytes(PAGE_TOKENS, head_dim, fmt.bits)
+    if fmt.codebook is not None:
+        book = CODEBOOKS[fmt.codebook]
+        return codes + sum(param_bytes(book, g, PAGE_TOKENS, head_dim) for g in (fmt.key_group, fmt.value_group))
     num_groups = PAGE_TOKENS // fmt.key_group * head_dim + -(-head_dim // fmt.value_group) * PAGE_TOKENS
     return codes + num_groups * 2 * torch.float16.itemsize
 
@@ -141,6 +175,8 @@ def _pages(fmt: PageFormat, head_dim: int, tensors: list[Tensor]) -> Pages:
 
 
 def _check_format(fmt: PageFormat, head_dim: int) -> None:
+    if fmt.codebook is not None:
+        return _check_codebook(fmt, fmt.codebook, head_dim)
     if fmt.bits not in (8, 4, 2):
         raise BadArgument(f"bits must be 8, 4 or 2; got {fmt.bits}.")
     if fmt.key_group not in (16, 32, 64):
@@ -149,3 +185,15 @@ def _check_format(fmt: PageFormat, head_dim: int) -> None:
         raise BadArgument(
             f"value_group must be a multiple of {LANES} or at least head_dim {head_dim}; got {fmt.value_group}."
         )
+
+
+def _check_codebook(fmt: PageFormat, name: str, head_dim: int) -> None:
+    book = CODEBOOKS.get(name)
+    if book is None:
+        raise BadArgument(f"unknown codebook {name!r}; {nearest(name, CODEBOOKS)}")
+    if fmt.bits != book.bits:
+        raise BadArgument(f"codes of {name} have {book.bits} bits; got bits={fmt.bits}.")
+    for group in (fmt.key_group, fmt.value_group):
+        if group < head_dim and (group < 1 or group % LANES or book.whole_token):
+            need = "at least head_dim" if book.whole_token else f"a multiple of {LANES} or at least head_dim"
+            raise BadArgument(f"groups of {name} must be {need} {head_dim}; got {group}.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from steno.errors import BadArgument
 from steno.types import PAGE_TOKENS, PageFormat
 
+from .codebooks import CODEBOOKS, dequantize_tokens, quantize_tokens
 from .groups import dequantize_groups, quantize_groups
 from .packing import pack_codes, unpack_codes
 
@@ -30,13 +31,24 @@ class PageSide:
     def encode(cls, x: Tensor, fmt: PageFormat, *, is_keys: bool) -> PageSide:
         """From tokens `[P, 64, dim]`."""
         if fmt.bits not in (8, 4, 2) or x.ndim != 3 or x.shape[1] != PAGE_TOKENS:
-            raise BadArgument(f"a side takes [P, {PAGE_TOKENS}, dim] and whole numbers; got {[*x.shape]}, {fmt}.")
+            raise BadArgument(f"a side takes [P, {PAGE_TOKENS}, dim] and 8, 4 or 2 bits; got {[*x.shape]}, {fmt}.")
+        if fmt.codebook is not None:
+            codes, params = quantize_tokens(x, CODEBOOKS[fmt.codebook], fmt.key_group if is_keys else fmt.value_group)
+            packed = pack_codes(codes.transpose(1, 2) if is_keys else codes, fmt.bits)
+            return cls(fmt=fmt, is_keys=is_keys, dim=x.shape[2], codes=packed, params=params)
         matrix, group = (x.transpose(1, 2), fmt.key_group) if is_keys else (x, fmt.value_group)
         codes, params = quantize_groups(matrix, bits=fmt.bits, group=group)
         return cls(fmt=fmt, is_keys=is_keys, dim=x.shape[2], codes=pack_codes(codes, fmt.bits), params=params)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The tokens `[P, 64, dim]`."""
+        if self.fmt.codebook is not None:
+            book = CODEBOOKS[self.fmt.codebook]
+            if self.is_keys:
+                codes = unpack_codes(self.codes, self.dim, PAGE_TOKENS, self.fmt.bits).transpose(1, 2)
+                return dequantize_tokens(codes, self.params, book, self.fmt.key_group, dtype)
+            codes = unpack_codes(self.codes, PAGE_TOKENS, self.dim, self.fmt.bits)
+            return dequantize_tokens(codes, self.params, book, self.fmt.value_group, dtype)
         if self.is_keys:
             codes = unpack_codes(self.codes, self.dim, PAGE_TOKENS, self.fmt.bits)
             return dequantize_groups(codes, self.params, group=self.fmt.key_group, dtype=dtype).transpose(1, 2)
