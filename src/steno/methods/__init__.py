@@ -27,6 +27,7 @@ from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.quantize.llamacpp import Q4_0, Q8_0
 from steno.methods.quantize.nvfp4 import NVFP4
+from steno.methods.quantize.turboquant import TurboQuant
 from steno.methods.score.expected_attention import ExpectedAttention
 from steno.methods.score.h2o import H2O
 from steno.methods.score.keydiff import KeyDiff
@@ -52,7 +53,9 @@ ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, Pyram
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
-QUANTIZERS: dict[str, type[Quantizer]] = {cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0)}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant)
+}
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {
     **SCORERS,
@@ -111,6 +114,7 @@ __all__ = [
     "StreamingLLM",
     "ThinK",
     "Transform",
+    "TurboQuant",
     "Uniform",
     "describe_methods",
 ]
