@@ -12,8 +12,8 @@ from steno.cache.segment import DenseSegment, Segment
 from steno.methods import QUANTIZERS
 from tiny import prompt, shared
 
-COARSE = {"int2", "kivi", "vidkv", "gear"}
-"""Two bits and fewer; what they keep need not pick the same tokens."""
+COARSE = {"int2", "kivi", "vidkv", "gear", "zipcache"}
+"""Two bits and fewer, for some tokens at least: with a random model little can be said of the logits."""
 
 
 def read(recipe: str, length: int) -> tuple[Any, Any]:

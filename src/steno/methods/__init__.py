@@ -23,11 +23,14 @@ from steno.methods.interfaces import (
 )
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.fp8 import FP8
+from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.quantize.llamacpp import Q4_0, Q8_0
 from steno.methods.quantize.nvfp4 import NVFP4
 from steno.methods.quantize.turboquant import TurboQuant
+from steno.methods.quantize.vidkv import VidKV
+from steno.methods.quantize.zipcache import ZipCache
 from steno.methods.score.expected_attention import ExpectedAttention
 from steno.methods.score.h2o import H2O
 from steno.methods.score.keydiff import KeyDiff
@@ -54,7 +57,7 @@ MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant)
+    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache)
 }
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {
@@ -72,6 +75,7 @@ __all__ = [
     "ALLOCATORS",
     "CSKV",
     "FP8",
+    "GEAR",
     "H2O",
     "KINDS",
     "KIVI",
@@ -116,6 +120,8 @@ __all__ = [
     "Transform",
     "TurboQuant",
     "Uniform",
+    "VidKV",
+    "ZipCache",
     "describe_methods",
 ]
 

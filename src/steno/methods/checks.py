@@ -20,6 +20,14 @@ def require_int(name: str, value: object, low: int, high: int = MAX_INT) -> None
         raise BadArgument(f"`{name}` must be <= {high}; got {name}={shown(value)}.")
 
 
+def require_multiple(name: str, value: object, unit: int) -> None:
+    """Raise BadArgument unless `value` is a whole number above 0 and a multiple of `unit`."""
+    require_int(name, value, unit)
+    assert isinstance(value, int)
+    if value % unit:
+        raise BadArgument(f"`{name}` must be a multiple of {unit}; got {name}={value}.")
+
+
 def require_real(name: str, value: object, low: float, high: float) -> None:
     """Raise BadArgument unless `value` is a finite int or float (not a bool) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value in (math.inf, -math.inf):

@@ -26,8 +26,8 @@ static_assert(sizeof(Entry) == 12 * 8, "entries are rows of 12 int64");
 
 // Values of Entry.format. Pages are kPaged + bits: whole numbers with a scale and a minimum per group. Or kBook + bits:
 // codes that stand for levels, with a scale per group and no minimum; kByteScales: scales are E4M3 bytes behind one fp32
-// of the page. `bits` is the low four bits of a format: kTrits are five ternary codes in a byte.
-constexpr int64_t kPaged = 16, kBook = 64, kByteScales = 256;
+// of the page; kNoScales: there are none. `bits` is the low four bits of a format: kTrits are five ternary codes in a byte.
+constexpr int64_t kPaged = 16, kBook = 64, kByteScales = 256, kNoScales = 512;
 constexpr int kTrits = 5;
 enum Format : int64_t {
     kFloat = 0,

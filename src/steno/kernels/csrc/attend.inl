@@ -45,7 +45,7 @@ inline PageOperand book_operand(const Entry &e, const uint8_t *codes, const uint
     const int64_t scales = by_column ? ceil_div(rows, group) * x.first.blocks * kLanes : x.first.groups * rows;
     x.first.levels = e.levels;
     x.first.scale_rows = by_column ? group : 0;
-    x.param_step = e.format & kByteScales ? (scales + 4) / 2 : scales;
+    x.param_step = e.format & kNoScales ? 0 : e.format & kByteScales ? (scales + 4) / 2 : scales;
     return x;
 }
 

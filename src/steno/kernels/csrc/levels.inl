@@ -59,7 +59,7 @@ struct E5m2 {
 
 template <class Body>
 inline void with_book(const Operand &a, const Body &body) {
-    switch (a.format & ~kByteScales) {
+    switch (a.format & ~(kByteScales | kNoScales)) {
         case kBook + 1: return body(LookUp<1>(a));
         case kBook + 2: return body(LookUp<2>(a));
         case kBook + 4: return body(LookUp<4>(a));
@@ -80,10 +80,12 @@ inline const uint8_t *scale_bytes(const Operand &a) { return reinterpret_cast<co
 
 // Scales [at, at + n) of an operand; bytes come in whole vectors.
 inline F load_scales(const Operand &a, int64_t at, int64_t n) {
+    if (a.format & kNoScales) return set1(1.f);
     if (!(a.format & kByteScales)) return load_first_half(a.params + at, n);
     return mul(e4m3_of(load_bytes(scale_bytes(a) + at)), set1(page_scale(a)));
 }
 inline float scale_at(const Operand &a, int64_t at) {
+    if (a.format & kNoScales) return 1.f;
     if (!(a.format & kByteScales)) return half_to_float(a.params[at]);
     const int code = scale_bytes(a)[at];
     return half_to_float(static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7)) * 256.f * page_scale(a);
@@ -138,7 +140,7 @@ inline void multiply_level_blocks(const Operand &a, const Book &book, int64_t bl
         });
         unroll<Line::kRows>([&](auto i) STENO_INLINE {
             if constexpr (kByColumn && (Book::kBits == kTrits || i == 0)) {  // other lines lie in one group
-                if (r + i == end) close_group();
+                if (r + i == end && end < a.rows) close_group();
             }
             F x[N];
             unroll<N>([&](auto n) STENO_INLINE { x[n] = book(Line::template field<i>(line[n])); });

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .groups import FP16_MAX
+from .groups import as_half
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -63,11 +63,6 @@ def _peak(groups: Tensor) -> Tensor:
 def _inverse(scales: Tensor) -> Tensor:
     """One over each scale, 0 over 0."""
     return torch.where(scales == 0, 0.0, scales.reciprocal())
-
-
-def as_half(scales: Tensor) -> Tensor:
-    """fp32 numbers that fp16 holds."""
-    return scales.clamp(-FP16_MAX, FP16_MAX).half().float()
 
 
 def _quantize_float8(groups: Tensor, dtype: torch.dtype) -> Quantized:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from steno.kernels import native
 from steno.types import PAGE_TOKENS, PageFormat
 
 from .packing import code_bytes
+
+if TYPE_CHECKING:
+    from .matrices import Matrices
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Format` of csrc/attend.h."""
@@ -35,6 +39,66 @@ class _EncodeProblem(ctypes.Structure):
         ("isa", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     ]
+
+
+class _MatrixProblem(ctypes.Structure):
+    """`struct MatrixProblem` of csrc/attend.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("by_column", ctypes.c_int64),
+        ("num_matrices", ctypes.c_int64),
+        ("num_vectors", ctypes.c_int64),
+        ("x_step", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out_step", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("isa", ctypes.c_int32),
+    ]
+
+
+def is_there() -> bool:
+    """Whether the library is."""
+    return native.why_missing() is None
+
+
+def multiply(
+    x: Tensor, out: Tensor, matrices: Matrices, levels: Tensor | None, *, x_step: int, out_step: int,
+    isa: str | None = None,
+) -> None:  # fmt: skip
+    """Adds to out `[M, ...]` the products of x `[M, ...]` and packed matrices, both fp32 and contiguous.
+
+    Matrix i reads x from number `i * x_step` of each line on, and adds to out from `i * out_step` on. One thread.
+    """
+    problem = _MatrixProblem(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        codes=matrices.codes.data_ptr(),
+        params=None if matrices.params is None else matrices.params.data_ptr(),
+        levels=None if levels is None else levels.data_ptr(),
+        format=matrices.native_format,
+        rows=matrices.rows,
+        columns=matrices.columns,
+        group=matrices.group,
+        by_column=matrices.by_column,
+        num_matrices=matrices.num_matrices,
+        num_vectors=len(x),
+        x_step=x_step,
+        x_stride=x.stride(0),
+        out_step=out_step,
+        out_stride=out.stride(0),
+        isa=native.number_of_isa(isa),
+    )
+    if matrices.num_matrices and len(x):
+        native.check_status(native.library().steno_multiply(ctypes.byref(problem)), isa)
 
 
 def can_run(keys: Tensor, values: Tensor) -> bool:

@@ -17,6 +17,11 @@ MIN_SCALE = 1e-5
 """Floor of a scale; fp16 still holds it to 0.3 %."""
 
 
+def as_half(x: Tensor) -> Tensor:
+    """The fp32 numbers nearest to x that fp16 holds."""
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
 def quantize_groups(matrix: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Quantize matrices along their columns.
 

@@ -10,6 +10,7 @@ bytes (VNNI) takes; and a shift alone gives 16 codes of one row, for a table loo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -51,3 +52,28 @@ def unpack_codes(packed: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     shifts = packed.new_tensor(range(0, 8, bits)).view(per_byte, 1, 1, 1)
     codes = (lines >> shifts) & (2**bits - 1)  # [P, row group, field, byte, block, lane]
     return codes.reshape(num_pages, -1, num_blocks * LANES)[:, :rows, :columns]
+
+
+TRITS_PER_BYTE = 5
+
+
+def pack_trits(digits: Tensor) -> Tensor:
+    """Pack digits 0, 1, 2 `[P, R, C]` uint8 by fives of a column into bytes `[P, ceil(R / 5) * C in whole blocks]`.
+
+    A byte is the fraction 0.d0d1d2d3d4 in base 3, times 256, rounded up: times 3, its first digit steps out above 256.
+    """
+    num_pages, rows, columns = digits.shape
+    fives = pad(digits, (0, -columns % LANES, 0, -rows % TRITS_PER_BYTE)).unflatten(1, (-1, TRITS_PER_BYTE)).int()
+    value = sum(fives[:, :, i] * 3 ** (4 - i) for i in range(TRITS_PER_BYTE))
+    return ((value * 256 + 242) // 243).to(torch.uint8).reshape(num_pages, -1)
+
+
+def unpack_trits(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack_trits`: digits `[P, R, C]` uint8."""
+    rest = packed.reshape(packed.shape[0], -(-rows // TRITS_PER_BYTE), -1).int()  # [P, fives, C in whole blocks]
+    digits = []
+    for _ in range(TRITS_PER_BYTE):
+        rest = rest * 3
+        digits.append(rest >> 8)
+        rest = rest & 255
+    return torch.stack(digits, dim=2).flatten(1, 2)[:, :rows, :columns].to(torch.uint8)
