@@ -26,6 +26,7 @@ from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
 from steno.methods.quantize.kivi import KIVI
+from steno.methods.quantize.kvquant import KVQuant
 from steno.methods.quantize.llamacpp import Q4_0, Q8_0
 from steno.methods.quantize.nvfp4 import NVFP4
 from steno.methods.quantize.turboquant import TurboQuant
@@ -57,7 +58,7 @@ MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache)
+    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache, KVQuant)
 }
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
 METHODS: dict[str, type[Method]] = {
@@ -102,6 +103,7 @@ __all__ = [
     "Int2",
     "Int4",
     "Int8",
+    "KVQuant",
     "KVzip",
     "KeyDiff",
     "Merger",

@@ -96,10 +96,20 @@ def pack_integers(matrix: Tensor, *, bits: int, group: int) -> Matrices:
 
 def pack_plain(codes: Tensor, *, bits: int) -> Matrices:
     """Codes `[P, R, C]` uint8 of 4 or 2 bits that stand for themselves."""
-    levels = tuple(float(i) for i in range(2**bits))
+    return pack_levels(codes, bits=bits, levels=tuple(float(i) for i in range(2**bits)), scales=None)
+
+
+def pack_levels(codes: Tensor, *, bits: int, levels: tuple[float, ...], scales: Tensor | None) -> Matrices:
+    """Codes `[P, R, C]` uint8 of 4, 2 or 1 bits that stand for levels, times scales `[P, 1, R]` fp16 of their rows or None."""
     _, rows, columns = codes.shape
     return Matrices(
-        codes=pack_codes(codes, bits), params=None, rows=rows, columns=columns, bits=bits, group=columns, levels=levels
+        codes=pack_codes(codes, bits),
+        params=scales,
+        rows=rows,
+        columns=columns,
+        bits=bits,
+        group=columns,
+        levels=levels,
     )
 
 

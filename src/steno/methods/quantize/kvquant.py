@@ -1,0 +1,245 @@
+"""KVQuant: keys before rotation, per channel, values per token, in a codebook fitted to them, with outliers kept apart.
+
+Source: Hooper, Kim, Mohammadzadeh, Mahoney, Shao, Keutzer, Gholami, 2024, https://arxiv.org/abs/2401.18079, sections 3.1 to
+    3.5.
+Differs: nothing is calibrated offline: channel thresholds are the quantiles of the tokens that are encoded together, and the
+    codebooks are fitted to them by k-means without Fisher weights, one for the keys and one for the values of each KV head.
+    Outliers of values are those farthest from the middle of their token among all of the head, since 1 % of one head of one
+    token is less than a number. 4 or 2 bits. No Q-Norm, and the first token is not kept apart.
+Cost: k-means over at most 8192 numbers of a head when a chunk closes. Per step values are read as packed codes, and keys are
+    opened and rotated 512 tokens at a time, as the rotation differs from token to token. Per value bits, 48 bits for each
+    outlier of a value and 32 for one of a key, 32 / n per key (n tokens encoded together), 32 / D per value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from steno.cache.parts import PartsSegment
+from steno.cache.segment import HeadKV, Segment
+from steno.kernels.quant.codebooks import nearest_levels
+from steno.kernels.quant.groups import MIN_SCALE, as_half
+from steno.kernels.quant.matrices import Matrices, column_products, pack_levels
+from steno.kernels.quant.packing import code_bytes
+from steno.methods.checks import require_choice, require_multiple, require_real
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Rope
+
+BLOCK_PAGES = 8
+"""Pages of keys that are opened at a time."""
+
+SAMPLE = 8192
+STEPS = 100
+
+
+def fit_levels(x: Tensor, bits: int) -> tuple[float, ...]:
+    """The `2**bits` levels `[-1, 1]` of the quantizer with the least squared error on x `[n]`, by Lloyd's iteration."""
+    x = x.flatten().nan_to_num(0.0)
+    x = x[:: max(1, x.numel() // SAMPLE)].clamp(-1, 1)
+    quantiles = (torch.arange(2**bits, device=x.device) + 0.5) / 2**bits
+    levels = torch.quantile(x, quantiles)
+    for _ in range(STEPS):
+        cells = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+        counts = torch.bincount(cells, minlength=2**bits)
+        sums = torch.zeros_like(levels).index_add_(0, cells, x)
+        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort().values
+    return tuple(as_half(levels).tolist())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Scattered:
+    """Numbers of a matrix apart from it: flat places int32 `[m]`, and what they lie away from the matrix, fp16 `[m]`."""
+
+    places: Tensor
+    distances: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, approximated: Tensor, places: Tensor) -> Scattered:
+        """After this the two agree at the places, up to fp16."""
+        away = as_half((matrix - approximated).flatten()[places]).half()
+        return cls(places=places.to(torch.int32), distances=away)
+
+    def add_to(self, matrix: Tensor) -> Tensor:
+        flat = matrix.flatten().index_add(0, self.places.long(), self.distances.to(matrix.dtype))
+        return flat.view(matrix.shape)
+
+    def column_products(self, x: Tensor, columns: int) -> Tensor:
+        """x `[M, R]` times the sparse matrix, `[M, columns]`."""
+        rows, column = self.places.long() // columns, self.places.long() % columns
+        return x.new_zeros(len(x), columns).index_add_(1, column, x[:, rows] * self.distances.to(x.dtype))
+
+    def between(self, first: int, end: int) -> Scattered:
+        """Those at places from `first` to `end`, counted from `first`; the places ascend."""
+        a, b = torch.searchsorted(self.places, self.places.new_tensor([first, end])).tolist()
+        return Scattered(places=self.places[a:b] - first, distances=self.distances[a:b])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KVQuantHead:
+    """One KV head. keys: matrices `[64, D]` of tokens before rotation, in units of `ranges` around `offsets` `[D]` fp16;
+    values: `[64, D]` with a scale per token around `value_offsets` `[n]` fp16. positions: `[n]` int32, or the first of them
+    where they follow each other; rope: what rotates keys."""
+
+    keys: Matrices
+    ranges: Tensor
+    offsets: Tensor
+    key_outliers: Scattered
+    values: Matrices
+    value_offsets: Tensor
+    value_outliers: Scattered
+    positions: Tensor | int
+    rope: Rope | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.num_matrices * PAGE_TOKENS
+
+    def _keys(self, first_page: int) -> Tensor:
+        """The keys `[m, D]` fp32 of some pages, rotated."""
+        dim = self.keys.columns
+        plain = self.keys[first_page : first_page + BLOCK_PAGES].decode().flatten(0, 1)
+        plain = plain * self.ranges.float() + self.offsets.float()
+        first = first_page * PAGE_TOKENS
+        plain = self.key_outliers.between(first * dim, (first + len(plain)) * dim).add_to(plain)
+        if self.rope is None:
+            return plain
+        if isinstance(self.positions, int):
+            where = torch.arange(first, first + len(plain), device=plain.device) + self.positions
+        else:
+            where = self.positions[first : first + len(plain)]
+        return self.rope.apply(plain, where)
+
+    def logits(self, q: Tensor) -> Tensor:
+        pages = range(0, self.keys.num_matrices, BLOCK_PAGES)
+        return torch.cat([q @ self._keys(page).to(q.dtype).T for page in pages], dim=1)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        outliers = self.value_outliers.column_products(weights, self.values.columns)
+        offsets = weights @ self.value_offsets.to(weights.dtype)
+        return column_products(weights, self.values) + outliers + offsets[:, None]
+
+    def decode(self, dtype: torch.dtype) -> HeadKV:
+        keys = torch.cat([self._keys(page) for page in range(0, self.keys.num_matrices, BLOCK_PAGES)])
+        values = self.values.decode().flatten(0, 1) + self.value_offsets.float()[:, None]
+        return keys.to(dtype), self.value_outliers.add_to(values).to(dtype)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KVQuant:
+    """Fitted codebooks and outliers, keys before rotation.
+
+    Parameters
+    ----------
+    bits : int, default 4 bits
+        4 or 2, of keys and values.
+    outliers : float, default 0.01
+        Share of the numbers that are kept apart.
+    residual : int, default 128 tokens
+        Later tokens are encoded when there are so many; a multiple of 64.
+
+    Raises
+    ------
+    BadArgument
+        If a value is none of these.
+    """
+
+    id: ClassVar[str] = "kvquant"
+    kind: ClassVar[str] = "quantize"
+    title: ClassVar[str] = "KVQuant"
+    paper: ClassVar[str] = "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2401.18079"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ROPE})
+    trained: ClassVar[bool] = False
+    frees_memory: ClassVar[bool] = True
+    differs: ClassVar[str] = (
+        "Thresholds and codebooks are fitted to the tokens that are encoded together, without Fisher weights and offline "
+        "calibration; outliers of values are chosen over a whole head; 4 or 2 bits; no Q-Norm."
+    )
+    page_format: ClassVar[None] = None
+
+    bits: int = 4
+    outliers: float = 0.01
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        require_choice("bits", self.bits, (4, 2))
+        require_real("outliers", self.outliers, 0, 1)
+        require_multiple("residual", self.residual, PAGE_TOKENS)
+
+    @property
+    def residual_tokens(self) -> int:
+        return self.residual
+
+    @property
+    def chunk_tokens(self) -> int:
+        return PAGE_TOKENS
+
+    def encode(self, tokens: KeptTokens) -> Segment:
+        """Each head with thresholds and codebooks of its own."""
+
+        def head(h: int, keys: Tensor, values: Tensor) -> KVQuantHead:
+            return self._head(keys, values, tokens.positions[h], tokens.rope)
+
+        return PartsSegment.of(tokens, head)
+
+    def _head(self, keys: Tensor, values: Tensor, positions: Tensor, rope: Rope | None) -> KVQuantHead:
+        """keys, values `[n, D]` fp32."""
+        plain = keys if rope is None else rope.undo(keys, positions)
+        # ends of each channel, half of the share at each
+        count = min(int(self.outliers / 2 * len(plain) + 0.5), (len(plain) - 1) // 2)
+        ordered = plain.sort(0).values
+        low, high = ordered[count], ordered[len(plain) - 1 - count]  # [D]
+        ranges, offsets = as_half(((high - low) / 2).clamp(min=MIN_SCALE)), as_half((high + low) / 2)
+        packed = self._pack((plain - offsets) / ranges, None)
+        decoded = packed.decode().flatten(0, 1) * ranges + offsets
+        outside = ((plain < low) | (plain > high)).flatten().nonzero()[:, 0]
+
+        away = (values - values.median(1, keepdim=True).values).abs()
+        total = int(self.outliers * values.numel())
+        far = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+        far[away.flatten().argsort(descending=True, stable=True)[:total]] = True
+        inside = torch.where(far.view(values.shape), torch.nan, values)
+        all_far = inside.isnan().all(1, keepdim=True)  # nothing is left of such a token: its middle stands for it
+        inside = torch.where(all_far, values.median(1, keepdim=True).values, inside)
+        low, high = inside.nan_to_num(torch.inf).amin(1), inside.nan_to_num(-torch.inf).amax(1)  # [n]
+        scales, middles = as_half(((high - low) / 2).clamp(min=MIN_SCALE)), as_half((high + low) / 2)
+        value_packed = self._pack((values - middles[:, None]) / scales[:, None], scales)
+        value_decoded = value_packed.decode().flatten(0, 1) + middles[:, None]
+
+        first = int(positions[0])
+        follow = torch.equal(positions, torch.arange(first, first + len(positions), device=positions.device))
+        return KVQuantHead(
+            keys=packed,
+            ranges=ranges.half(),
+            offsets=offsets.half(),
+            key_outliers=Scattered.of(plain, decoded, outside),
+            values=value_packed,
+            value_offsets=middles.half(),
+            value_outliers=Scattered.of(values, value_decoded, far.nonzero()[:, 0]),
+            positions=first if follow else positions.to(torch.int32),
+            rope=rope,
+        )
+
+    def _pack(self, normal: Tensor, scales: Tensor | None) -> Matrices:
+        """Numbers `[n, D]`, of which those in [-1, 1] count, in a codebook of their own; scales `[n]` or None."""
+        levels = (
+            fit_levels(normal[normal.abs() <= 1], self.bits) if (normal.abs() <= 1).any() else (0.0,) * 2**self.bits
+        )
+        codes = nearest_levels(normal.nan_to_num(0.0), normal.new_tensor(levels)).to(torch.uint8)
+        pages = codes.unflatten(0, (-1, PAGE_TOKENS))  # [P, 64, D]
+        params = None if scales is None else scales.half().view(len(pages), 1, PAGE_TOKENS)
+        return pack_levels(pages, bits=self.bits, levels=levels, scales=params)
+
+    def bytes_bound(self, num_tokens: int, *, num_kv_heads: int, head_dim: int) -> int | None:
+        """Codes, thresholds, scales, positions and outliers."""
+        codes = 2 * -(-num_tokens // PAGE_TOKENS) * code_bytes(PAGE_TOKENS, head_dim, self.bits)
+        tables = 4 * head_dim + 4 * num_tokens + 4 * num_tokens
+        key_outliers = head_dim * (self.outliers * num_tokens + 2) * 6
+        return num_kv_heads * int(codes + tables + key_outliers + self.outliers * num_tokens * head_dim * 6 + 8)
