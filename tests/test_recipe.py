@@ -33,6 +33,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "key_bits": st.floats(1, 2),
     "norm_correction": st.booleans(),
     "statistics": st.none() | st.text(min_size=1).filter(str.strip),
+    "layers": st.integers(2, 50),
+    "weights": st.none() | st.text(min_size=1).filter(str.strip),
+    **dict.fromkeys(["recent_share", "stabilizers", "induction", "echo", "mass", "floor", "tau"], st.floats(0, 1)),
+    **dict.fromkeys(["tau_init", "tau_end"], st.floats(1e-3, 1e3)),
+    "noise": st.booleans(),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
     "layers": st.integers(2, 50),
 }

@@ -27,7 +27,9 @@ def load_calibration(path: str | Path, names: tuple[str, ...]) -> Mapping[str, T
     try:
         status = place.stat()
     except OSError:
-        raise CalibrationError(f"no such calibration file: {place}; make it with `steno calibrate`.") from None
+        raise CalibrationError(
+            f"no such calibration file: {place}; make it with `steno calibrate` or `steno train`."
+        ) from None
     if status.st_size > MAX_CALIBRATION_BYTES:
         raise CalibrationError(
             f"{place} has {status.st_size} bytes; a calibration file has at most {MAX_CALIBRATION_BYTES}."
@@ -41,7 +43,7 @@ def _load(place: Path, changed_ns: int, names: tuple[str, ...]) -> Mapping[str, 
         with safe_open(place, framework="pt") as file:
             missing = sorted(set(names) - set(file.keys()))
             if missing:
-                raise CalibrationError(f"{place} lacks {', '.join(missing)}; make it anew with `steno calibrate`.")
+                raise CalibrationError(f"{place} lacks {', '.join(missing)}; make it anew.")
             tensors = {name: file.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{place} is not a readable safetensors file: {' '.join(str(error).split())}") from None
@@ -49,7 +51,7 @@ def _load(place: Path, changed_ns: int, names: tuple[str, ...]) -> Mapping[str, 
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise CalibrationError(
-                f"{place}: {name} holds NaN or infinity in {bad} of {tensor.numel()} values; make it anew with `steno calibrate`."
+                f"{place}: {name} holds NaN or infinity in {bad} of {tensor.numel()} values; make it anew."
             )
     return tensors
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, PageSelector, SegmentEncoder, Selection, Sharer, Transform
+from steno.cache.policy import Evictor, PageSelector, Reader, SegmentEncoder, Selection, Sharer, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
-from steno.methods import Evict, Scorer, Uniform
+from steno.methods import METHODS, Evict, Scorer, Uniform
 from steno.recipe import WHOLE, Recipe
 from steno.types import PAGE_TOKENS, LayerKV, Need, Observation, PageFormat
 
@@ -80,6 +80,11 @@ class RecipePolicy:
     def evictor(self) -> Evictor | None:
         """The method that keeps the budget while decoding; a budget of 100% is never over."""
         return self.recipe.evictor if self.recipe.budget != WHOLE else None
+
+    @property
+    def reader(self) -> Reader | None:
+        """The method, if it can evict while the prompt is read."""
+        return self.recipe.reader
 
     @property
     def selector(self) -> PageSelector | None:
@@ -242,6 +247,22 @@ def _best(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """The `counts[h]` highest of scores `[Hkv, S]`, ascending by position; ties go to the earlier token."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     return [order[h, :n].sort().values for h, n in enumerate(counts)]
+
+
+def with_weights(recipe: Recipe, find: Callable[[str, str], str]) -> Recipe:
+    """The recipe with the file of what they learned named in every method that has `weights` and names none.
+
+    find: the file by the id of the method and the command that makes it.
+    """
+
+    def named(stage: Any) -> Any:
+        values = {f.name: getattr(stage, f.name) for f in fields(stage)}
+        if "weights" not in values or values["weights"] is not None:
+            return stage
+        return replace(stage, weights=find(stage.id, "train" if METHODS[stage.id].trained else "calibrate"))
+
+    single = {stage.kind: named(stage) for stage in recipe.stages if stage.kind != "transform"}
+    return replace(recipe, **single, transform=tuple(named(stage) for stage in recipe.transform))
 
 
 def _mask(kept: list[Tensor], num_tokens: int) -> Tensor:

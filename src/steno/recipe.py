@@ -11,7 +11,20 @@ from fractions import Fraction
 from typing import Any, Protocol, cast, final
 
 from steno.errors import BadArgument, BudgetError, RecipeError, nearest
-from steno.methods import KINDS, METHODS, Access, Allocator, Evictor, Merger, Quantizer, Scorer, Sharer, Transform
+from steno.methods import (
+    KINDS,
+    METHODS,
+    READERS,
+    Access,
+    Allocator,
+    Evictor,
+    Merger,
+    Quantizer,
+    Reader,
+    Scorer,
+    Sharer,
+    Transform,
+)
 from steno.methods.checks import shown
 from steno.types import Need
 
@@ -225,6 +238,25 @@ class Recipe:
     def evictor(self) -> Evictor | None:
         """The scorer, if it goes on choosing while decoding."""
         return cast(Evictor, self.score) if self.score is not None and self.score.evicts_while_decoding else None
+
+    @property
+    def reader(self) -> Reader | None:
+        """The scorer, if it can evict while a prompt is read."""
+        return cast(Reader, self.score) if self.score is not None and self.score.id in READERS else None
+
+    def check_evicts_while_reading(self) -> None:
+        """Raises RecipeError unless the recipe can evict while a prompt is read."""
+        if self.reader is None:
+            name = self.score.id if self.score is not None else "the full cache"
+            raise RecipeError(f"{name} cannot evict while it reads; methods that can: {', '.join(READERS)}.")
+        pages = self.quantize is None or self.quantize.page_format is not None
+        for stage in self.stages:
+            if stage.kind in ("allocate", "merge", "share", "transform") or (stage.kind == "quantize" and not pages):
+                if stage.id in ("uniform", "evict"):
+                    continue
+                raise RecipeError(
+                    f"{stage.id} needs the whole prompt at once: leave it out to evict while reading, or read in one piece."
+                )
 
     def __str__(self) -> str:
         if not self.stages:

@@ -58,13 +58,13 @@ def replay_context(
 
         inputs = torch.tensor([request + context[a:b]], dtype=torch.long, device=model.device)
         if progress is not None:
-            cache.reading.on_layer = _over_all_passes(progress, done, len(chunks))
+            cache.reading.on_layer = over_all_passes(progress, done, len(chunks))
         with cache.replaying(observe), torch.inference_mode():
             model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [mass for mass in masses if mass is not None]
 
 
-def _over_all_passes(progress: Callable[[int, int], None], done: int, passes: int) -> Callable[[int, int], None]:
+def over_all_passes(progress: Callable[[int, int], None], done: int, passes: int) -> Callable[[int, int], None]:
     """Progress of one pass, after `done` others, as progress of all."""
     return lambda layer, layers: progress(done * layers + layer, passes * layers)
 

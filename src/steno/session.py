@@ -11,11 +11,10 @@ from typing import Any, final
 
 import torch
 
-from steno.calibration import save_calibration
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
 from steno.decode.text import with_text
-from steno.errors import PromptError, RecipeError
+from steno.errors import BadArgument, PromptError, RecipeError
 from steno.methods import KVzip
 from steno.models.default import DEFAULT_MODEL
 from steno.models.host import NAME
@@ -23,8 +22,8 @@ from steno.models.kvcache import KVCache
 from steno.models.load import LoadedModel, load_model
 from steno.pipeline import RecipePolicy
 from steno.prompt import Template
-from steno.recipe import Recipe, as_recipe, parse_recipe
-from steno.replay import replay_context
+from steno.recipe import Recipe, as_recipe
+from steno.replay import over_all_passes, replay_context
 from steno.types import Need
 
 Progress = Callable[[str, int, int], None]
@@ -109,6 +108,7 @@ class LanguageModel:
         *,
         question: str | None = None,
         reserve_tokens: int = 0,
+        chunk_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Reads a document into a cache under `recipe`.
@@ -123,6 +123,9 @@ class LanguageModel:
             A question that is read with the document, so that compression sees it; `ask(None)` answers it.
         reserve_tokens : int
             Positions to leave free for questions and answers.
+        chunk_tokens : int or None
+            Read so many tokens at a time. A method of `steno.methods.READERS` then evicts after each chunk, so that no
+            layer ever holds more than the budget and one chunk; any other recipe gives what one piece would give.
         progress : callable or None
             Called while the document is read.
 
@@ -132,6 +135,8 @@ class LanguageModel:
             If the document or the question is empty, or they are longer than the model's positions.
         RecipeError
             If the recipe cannot be parsed, or its budget cannot hold.
+        BadArgument
+            If `chunk_tokens` is below 1.
         """
         parsed = as_recipe(recipe)
         if not text.strip():
@@ -140,7 +145,7 @@ class LanguageModel:
         if question is not None:
             tokens += self.question_tokens(question)
         self.check_length(len(tokens), reserve_tokens)
-        return self._read(tokens, num_prefix, parsed, progress, has_question=question is not None)
+        return self._read(tokens, num_prefix, parsed, progress, chunk_tokens, has_question=question is not None)
 
     def read_tokens(
         self,
@@ -148,24 +153,41 @@ class LanguageModel:
         recipe: Recipe | str | None = None,
         *,
         num_prefix_tokens: int = 0,
+        chunk_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Reads tokens as they are, without a template; the first `num_prefix_tokens` are always kept by a replay.
 
-        Raises PromptError if there are none or too many, RecipeError as `read` does.
+        `chunk_tokens` as in `read`. Raises PromptError if there are none or too many, RecipeError as `read` does.
         """
         if not tokens:
             raise PromptError("there are no tokens to read.")
         self.check_length(len(tokens), 0)
-        return self._read(list(tokens), num_prefix_tokens, as_recipe(recipe), progress, has_question=False)
+        parsed = as_recipe(recipe)
+        return self._read(list(tokens), num_prefix_tokens, parsed, progress, chunk_tokens, has_question=False)
 
     def _read(
-        self, tokens: list[int], num_prefix: int, recipe: Recipe, progress: Progress | None, *, has_question: bool
+        self,
+        tokens: list[int],
+        num_prefix: int,
+        recipe: Recipe,
+        progress: Progress | None,
+        chunk_tokens: int | None,
+        *,
+        has_question: bool,
     ) -> Context:
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={chunk_tokens}.")
         note = check_budget(recipe, len(tokens))
-        cache = KVCache(self.model.config, recipe)
+        cache = KVCache(
+            self.model.config,
+            recipe,
+            prompt_tokens=len(tokens),
+            evict_while_reading=chunk_tokens is not None and recipe.reader is not None,
+            model_hash=self.loaded.model_hash,
+        )
         started = time.perf_counter()
-        self._prefill(cache, tokens, progress)
+        self._prefill(cache, tokens, chunk_tokens or len(tokens), progress)
         prefilled = time.perf_counter()
         if Need.REPLAY in recipe.needs:
             self._replay(cache, tokens, num_prefix, recipe, progress)
@@ -180,22 +202,6 @@ class LanguageModel:
             note=note,
         )
 
-    def calibrate_expected_attention(self, text: str, path: str | Path, *, progress: Progress | None = None) -> None:
-        """Gathers the query statistics of `expected_attention(statistics=…)` on a text and writes them to `path`."""
-        tokens = self.tokenize(text)[: self.loaded.max_positions]
-        if len(tokens) < 64:
-            raise PromptError(f"calibration needs at least 64 tokens of text; got {len(tokens)}.")
-        recipe = parse_recipe("expected_attention @ 50%")
-        cache = KVCache(self.model.config, recipe, prompt_tokens=len(tokens) + 1)  # never complete: nothing is dropped
-        self._prefill(cache, tokens, progress)
-        seen = [layer.observation() for layer in cache.own_layers]
-        tensors = {
-            name: torch.stack([x for _, o in seen if (x := getattr(o, name)) is not None])
-            for name in ("query_mean", "query_cov")
-        }
-        about = {"model": self.name, "model_hash": self.loaded.model_hash, "tokens": str(len(tokens))}
-        save_calibration(path, tensors, about)
-
     def check_length(self, num_tokens: int, reserve_tokens: int) -> None:
         """Raises PromptError if that many tokens and the reserve do not fit the model's positions."""
         positions = self.loaded.max_positions
@@ -207,13 +213,16 @@ class LanguageModel:
                 f"({100 * over / num_tokens:.0f}%) or use a model with a longer context."
             )
 
-    def _prefill(self, cache: KVCache, tokens: list[int], progress: Progress | None) -> None:
+    def _prefill(self, cache: KVCache, tokens: list[int], chunk_tokens: int, progress: Progress | None) -> None:
         inputs = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
-        if progress is not None:
-            cache.reading.on_layer = lambda done, total: progress("reading", done, total)
+        chunks = inputs.split(chunk_tokens, dim=1)
         try:
             with torch.inference_mode(), cache.watching(self.model):
-                self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                for number, chunk in enumerate(chunks):
+                    if progress is not None:
+                        reading = partial(progress, "reading")
+                        cache.reading.on_layer = over_all_passes(reading, number, len(chunks))
+                    self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         finally:
             cache.reading.on_layer = None
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import cast
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +15,56 @@ from torch import Tensor
 from steno import methods
 from steno.cache.accounting import held_bytes, tensors_of
 from steno.cache.segment import DenseSegment, Segment
+from steno.calibration import save_calibration
 from steno.kernels.attention import attend_heads
 from steno.kernels.quant import decode_pages, encode_pages, page_bytes
-from steno.methods import Access, Allocator, Encoder, Evictor, Merger, Method, Quantizer, Scorer, Sharer, Transform
+from steno.methods import (
+    Access,
+    Allocator,
+    Encoder,
+    Evictor,
+    Merger,
+    Method,
+    Quantizer,
+    Reader,
+    Scorer,
+    Sharer,
+    Transform,
+)
 from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
+FOLDER = tempfile.TemporaryDirectory()
 NAMESPACE = {cls.__name__: cls for cls in methods.METHODS.values()}
+
+WIDTH, INNER, LAYERS = 5, 6, 4
+LEARNED: dict[str, Callable[[int, int, int, int], dict[str, tuple[int, ...]]]] = {
+    "locret": lambda layers, hkv, group, dim: {
+        "w1": (layers, INNER, (group + 2) * hkv * dim), "w2": (layers, hkv, INNER),
+    },
+    "trim_kv": lambda layers, hkv, group, dim: {
+        "w1": (layers, INNER, WIDTH), "b1": (layers, INNER), "w2": (layers, hkv, INNER), "bias": (layers, hkv),
+    },
+    "prefixkv": lambda layers, hkv, group, dim: {"curves": (layers, 101)},
+    "razorattention": lambda layers, hkv, group, dim: {"induction": (layers, hkv), "echo": (layers, hkv)},
+}  # fmt: skip
+"""Shapes of what a method learns of a layer of `make_layer`."""
+
+
+@cache
+def learned_file(method_id: str, layers: int, hkv: int, group: int, dim: int) -> str:
+    """A file with random weights for a method, in a folder that goes with the process."""
+    g = torch.Generator().manual_seed(0)
+    shapes = LEARNED[method_id](layers, hkv, group, dim)
+    place = Path(FOLDER.name) / f"{method_id}-{layers}-{hkv}-{group}-{dim}.safetensors"
+    save_calibration(place, {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}, {})
+    return str(place)
+
+
+def with_weights(method: Any, *, layers: int = LAYERS, hkv: int = 2, group: int = 3, dim: int = 8) -> Any:
+    """The method with what it learned of layers of this shape, if it learns."""
+    if method.id not in LEARNED:
+        return method
+    return dataclasses.replace(method, weights=learned_file(method.id, layers, hkv, group, dim))
 
 
 def make_layer(
@@ -47,6 +94,9 @@ def make_layer(
         query_mean=draw(heads, dim),
         query_cov=root @ root.mT,
         attention_mass=draw(heads, num_tokens).abs(),
+        pre_rope_queries=draw(heads, num_tokens, dim).to(dtype),
+        pre_rope_keys=draw(hkv, num_tokens, dim).to(dtype),
+        hidden_states=draw(num_tokens, WIDTH).to(dtype),
         replay_mass=draw(hkv, num_tokens).abs(),
     )
     return kv, obs
@@ -98,13 +148,42 @@ def check_evictor(evictor: Evictor, num_tokens: int, **kwargs: object) -> None:
     assert obs.queries is not None
     weights = torch.rand(obs.queries.shape[0], num_tokens)
     before = state.clone(), weights.clone()
-    after = evictor.observe(state, weights)
+    after = evictor.observe(state, weights, step=1)
     assert after.shape == state.shape
     assert after.dtype == torch.float32
     assert not after.isnan().any()
     assert torch.equal(state, before[0])
     assert torch.equal(weights, before[1])
     assert evictor.needs_weights == (not torch.equal(after, state))
+
+
+def check_reader(reader: Reader, num_tokens: int, **kwargs: object) -> None:
+    """`score` is the retention of the whole prompt; the state of a token does not depend on those that come later."""
+    kv, obs = layer_for(reader, num_tokens, **kwargs)
+    state = reader.token_state(kv, obs)
+    assert state.shape == (kv.num_kv_heads, num_tokens)
+    assert state.dtype == torch.float32
+    positions = kv.positions.expand(kv.num_kv_heads, -1)
+    budget = obs.budget_tokens
+    whole = reader.retention(kv.keys, state, positions, budget_tokens=budget, is_last=True)
+    assert torch.equal(whole, reader.score(kv, obs))
+    early = reader.retention(kv.keys, state, positions, budget_tokens=budget, is_last=False)
+    assert early.shape == whole.shape
+    assert not early.isnan().any()
+    assert (torch.isposinf(early).sum(-1) <= max(budget, reader.min_tokens)).all()
+    assert not (reader.needs - {Need.HIDDEN_STATES, Need.PRE_ROPE_KEYS, Need.PRE_ROPE_QUERIES})
+    half = (num_tokens + 1) // 2
+    first = dataclasses.replace(kv, keys=kv.keys[:, :half], values=kv.values[:, :half], positions=kv.positions[:half])
+    assert obs.pre_rope_queries is not None
+    assert obs.pre_rope_keys is not None
+    assert obs.hidden_states is not None
+    seen = dataclasses.replace(
+        obs,
+        pre_rope_queries=obs.pre_rope_queries[:, :half],
+        pre_rope_keys=obs.pre_rope_keys[:, :half],
+        hidden_states=obs.hidden_states[:half],
+    )
+    assert torch.allclose(reader.token_state(first, seen), state[:, :half], atol=1e-5)
 
 
 def check_allocator(

@@ -17,22 +17,25 @@ from contracts import (
     check_merger,
     check_method,
     check_quantizer,
+    check_reader,
     check_scorer,
     check_sharer,
     check_transform,
+    with_weights,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steno import methods
 from steno.errors import BadArgument
-from steno.methods import ALLOCATORS, KINDS, METHODS, SCORERS, Evictor, describe_methods
+from steno.methods import ALLOCATORS, KINDS, METHODS, READERS, SCORERS, Evictor, Reader, describe_methods
 
 SMALL: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 3, "kernel": 3},
     "streaming_llm": {"n_sink": 2},
     "expected_attention": {"n_sink": 2, "future_positions": 5},
     "kvzip": {"n_sink": 2},
+    "locret": {"n_local": 2},
 }
 
 
@@ -82,8 +85,10 @@ def test_bad_values_are_named(cls: Any) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_scorer(cls: Any, num_tokens: int, group: int, hkv: int, budget: int, dtype: torch.dtype) -> None:
-    scorer = small(cls)
+    scorer = with_weights(small(cls), hkv=hkv, group=group)
     check_scorer(scorer, num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+    if cls.id in READERS:
+        check_reader(cast(Reader, scorer), num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
     if cls.evicts_while_decoding:
         check_evictor(cast(Evictor, scorer), num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
 
@@ -105,8 +110,14 @@ def test_allocator(
     scores = torch.randint(levels, (hkv, num_tokens), generator=torch.Generator().manual_seed(seed)).float()
     scores[:, num_tokens - min(window, num_tokens) :] = torch.inf
     for layer_idx in range(num_layers):
-        counts = check_allocator(cls(), scores, budget=budget, layer_idx=layer_idx, num_layers=num_layers)
-        if cls.id != "pyramidkv":
+        allocator = with_weights(cls(), layers=num_layers, hkv=hkv)
+        counts = check_allocator(allocator, scores, budget=budget, layer_idx=layer_idx, num_layers=num_layers)
+        if cls.id not in (
+            "pyramidkv",
+            "prefixkv",
+            "razorattention",
+            "zipvl",
+        ):  # they have tests of their own for the sum
             assert int(counts.sum()) == min(budget, num_tokens) * hkv
 
 

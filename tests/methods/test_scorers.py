@@ -77,7 +77,7 @@ def test_tova_drops_what_the_last_query_attends_to_least() -> None:
     assert torch.allclose(scores, mean.expand(2, -1), atol=1e-6)
     assert torch.equal(scores[0], scores[1])
     weights = torch.tensor([[0.5, 0.1, 0.4], [0.1, 0.3, 0.6]])
-    assert torch.allclose(TOVA().observe(torch.ones(2, 3), weights), torch.tensor([[0.3, 0.2, 0.5]] * 2))
+    assert torch.allclose(TOVA().observe(torch.ones(2, 3), weights, step=1), torch.tensor([[0.3, 0.2, 0.5]] * 2))
 
 
 def test_h2o_incremental_equals_recomputed() -> None:
@@ -91,7 +91,7 @@ def test_h2o_incremental_equals_recomputed() -> None:
         held = torch.cat([held, torch.full((hkv, 1), 5 + step)], 1)
         state = torch.cat([state, torch.zeros(hkv, 1)], 1)
         weights = full.gather(1, held.repeat_interleave(group, 0))
-        state = h2o.observe(state, weights)
+        state = h2o.observe(state, weights, step=step + 1)
         order = h2o.priority(state, held, budget).argsort(descending=True, stable=True)[:, :budget].sort().values
         held, state = held.gather(1, order), state.gather(1, order)
         assert (held[:, -2:] == torch.tensor([4 + step, 5 + step])).all()

@@ -48,7 +48,7 @@ def compress_rows(
             )
             selection = policy.select(kv, observation)
         if policy.evictor is not None:
-            slots.append(_slot_row(selection, budget))
+            slots.append(slot_row(selection, budget))
         else:
             row, tail = writer.write_prompt(selection, observation)
             rows.append(row)
@@ -116,7 +116,8 @@ def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) 
     return kv, observation
 
 
-def _slot_row(selection: Selection, budget: int) -> SlotRow:
+def slot_row(selection: Selection, budget: int) -> SlotRow:
+    """A row of slots, for a method that goes on evicting."""
     kv = selection.kv
     everything = torch.arange(kv.num_tokens, device=kv.keys.device)
     kept = selection.kept or [everything] * kv.num_kv_heads
@@ -136,4 +137,5 @@ def _slot_row(selection: Selection, budget: int) -> SlotRow:
         )
         for group in groups
     ]
-    return SlotRow(blocks=blocks, evicted_at=0 if selection.kept is None else kv.num_tokens)
+    evicted_at = 0 if selection.kept is None else kv.num_tokens
+    return SlotRow(blocks=blocks, prompt_tokens=kv.num_tokens, evicted_at=evicted_at)

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from steno.cache.accounting import Meter, held_bytes
 from steno.cache.compress import LayerPrompt, compress_rows, share_rows
+from steno.cache.evicting import EvictingPrompt
 from steno.cache.paged import PagedRows
 from steno.cache.policy import LayerPolicy
 from steno.cache.prompt import Prompt, ReplayObserver
@@ -28,12 +29,14 @@ FEW_TOKENS = 64
 class Reading:
     """What all layers of one cache share while the prompt is read. Mutable.
 
-    prompt_tokens: length at which the prompt is complete; None: after the first forward pass. replay: set while the
+    prompt_tokens: length at which the prompt is complete; None: after the first forward pass. evict: whether the method
+    evicts after every chunk of it. replay: set while the
     context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
     on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays.
     """
 
     prompt_tokens: int | None = None
+    evict: bool = False
     replay: ReplayObserver | None = None
     on_layer: Callable[[int, int], None] | None = None
 
@@ -65,7 +68,7 @@ class LayerCache(CacheLayerMixin):
         self.seen = 0
         self.row_seen: list[int] = []
         self.content: PagedRows | SlotRows | None = None  # once the prompt is compressed
-        self._prompt: Prompt | None = None  # until then
+        self._prompt: Prompt | EvictingPrompt | None = None  # until then
         self._pending: tuple[Tensor, Tensor] | None = None
         self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
         self._hidden: Tensor | None = None
@@ -235,7 +238,7 @@ class LayerCache(CacheLayerMixin):
                 "read the context with steno.load(...).read(text, recipe=...)."
             )
         if self._prompt is None:
-            self._prompt = Prompt(self.policy, self.rope_of, new)
+            self._prompt = self._begin(new)
         out = self._prompt.read(new)
         self._advance(new)
         self.meter.touch(self._prompt.dense_bytes)
@@ -246,8 +249,22 @@ class LayerCache(CacheLayerMixin):
             self.measure()
         return out
 
+    def _begin(self, new: NewTokens) -> Prompt | EvictingPrompt:
+        reader = self.policy.reader if self.reading.evict else None
+        if reader is None or self.reading.prompt_tokens is None:
+            return Prompt(self.policy, self.rope_of, new)
+        return EvictingPrompt(
+            self.policy,
+            reader,
+            self.rope_of,
+            new,
+            layer_idx=self.layer_idx,
+            num_layers=self.num_layers,
+            prompt_tokens=self.reading.prompt_tokens,
+        )
+
     def _replay(self, observer: ReplayObserver, new: NewTokens) -> Tensor:
-        if self._prompt is None:
+        if not isinstance(self._prompt, Prompt):
             raise CacheError("a replay needs a prompt that is still dense; this one is compressed or not read.")
         self.meter.touch(2 * new.k.numel() * new.k.element_size())
         return self._prompt.replay(observer, self.layer_idx, new)
@@ -281,15 +298,18 @@ class LayerCache(CacheLayerMixin):
             self._compress_group()
             return
         prompt, self._prompt = self._prompt, None
-        self.content = compress_rows(
-            prompt.rows,
-            prompt.observers,
-            self.policy,
-            layer_idx=self.layer_idx,
-            num_layers=self.num_layers,
-            replay_mass=replay_mass,
-            rope=prompt.rope,
-        )
+        if isinstance(prompt, EvictingPrompt):
+            self.content = prompt.compress()
+        else:
+            self.content = compress_rows(
+                prompt.rows,
+                prompt.observers,
+                self.policy,
+                layer_idx=self.layer_idx,
+                num_layers=self.num_layers,
+                replay_mass=replay_mass,
+                rope=prompt.rope,
+            )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)
 
@@ -303,7 +323,7 @@ class LayerCache(CacheLayerMixin):
         parts, dense_bytes = [], 0
         for layer in self.group:
             prompt, layer._prompt = layer._prompt, None
-            assert prompt is not None, "the layers of a group are read together"
+            assert isinstance(prompt, Prompt), "the layers of a group are read together, and whole"
             dense_bytes += prompt.dense_bytes
             parts.append(
                 LayerPrompt(
@@ -323,7 +343,7 @@ class LayerCache(CacheLayerMixin):
 
     def observation(self) -> tuple[LayerKV, Observation]:
         """What was read and observed so far of the one row that is being read; for calibration and training."""
-        if self._prompt is None or len(self._prompt.observers) != 1:
+        if not isinstance(self._prompt, Prompt) or len(self._prompt.observers) != 1:
             raise CacheError(
                 "calibration reads one row whose prompt is not complete yet; this layer has another state."
             )
@@ -345,7 +365,7 @@ class LayerCache(CacheLayerMixin):
         """Held tokens `[B][Hkv]`."""
         if self.content is not None:
             return self.content.held_tokens()
-        return [[k.shape[1]] * k.shape[0] for k, _ in self._prompt.rows] if self._prompt is not None else []
+        return self._prompt.held_tokens() if self._prompt is not None else []
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if an invariant does not hold. For tests, and for production when in doubt."""

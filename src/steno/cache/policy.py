@@ -21,9 +21,19 @@ class Evictor(Protocol):
     @property
     def needs_weights(self) -> bool: ...
 
-    def observe(self, state: Tensor, weights: Tensor) -> Tensor: ...
+    def observe(self, state: Tensor, weights: Tensor, *, step: int) -> Tensor: ...
 
     def priority(self, state: Tensor, positions: Tensor, budget_tokens: int) -> Tensor: ...
+
+
+class Reader(Protocol):
+    """A score method that evicts while the prompt is read."""
+
+    def token_state(self, kv: LayerKV, obs: Observation) -> Tensor: ...
+
+    def retention(
+        self, keys: Tensor, state: Tensor, positions: Tensor, *, budget_tokens: int, is_last: bool
+    ) -> Tensor: ...
 
 
 class PageSelector(Protocol):
@@ -142,6 +152,9 @@ class LayerPolicy(Protocol):
 
     @property
     def evictor(self) -> Evictor | None: ...
+
+    @property
+    def reader(self) -> Reader | None: ...
 
     @property
     def selector(self) -> PageSelector | None: ...

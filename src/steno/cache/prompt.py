@@ -98,6 +98,10 @@ class Prompt:
             observer.see_mass(row_mass)
         return out
 
+    def held_tokens(self) -> list[list[int]]:
+        """Held tokens `[B][Hkv]`."""
+        return [[k.shape[1]] * k.shape[0] for k, _ in self.rows]
+
     def keep(self) -> None:
         """Makes what was read independent of the model's activations, since the prompt goes on."""
         self.rows = [(owned(k), owned(v)) for k, v in self.rows]

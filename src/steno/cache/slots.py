@@ -107,14 +107,16 @@ class SlotBlock:
 class SlotRow:
     """One sequence: one block if all heads have the same budget, otherwise a block per head.
 
-    evicted_at: logical length at the last eviction; the row cannot be rolled back before it.
+    prompt_tokens: tokens before the first step. evicted_at: logical length at the last eviction; the row cannot be rolled
+    back before it.
     """
 
     blocks: list[SlotBlock]
+    prompt_tokens: int = 0
     evicted_at: int = 0
 
     def fork(self) -> SlotRow:
-        return SlotRow(blocks=[block.clone() for block in self.blocks], evicted_at=self.evicted_at)
+        return replace(self, blocks=[block.clone() for block in self.blocks])
 
     def lengths(self) -> list[int]:
         return [block.length for block in self.blocks for _ in range(block.num_heads)]
@@ -181,8 +183,9 @@ class SlotRows:
             if self.evictor.needs_weights:
                 keys, state = block.keys[:, : block.length], block.state[:, : block.length]
                 weights = attention_weights(q, keys, scale=new.scale, softcap=new.softcap)  # [g * G, T, n]
+                first_step = seen - new.num_new - row.prompt_tokens + 1
                 for t in range(new.num_new):
-                    state = self.evictor.observe(state, weights[:, t])
+                    state = self.evictor.observe(state, weights[:, t], step=first_step + t)
                 block.state[:, : block.length] = state
             if block.length > block.budget:
                 row.evicted_at = seen

@@ -1,35 +1,20 @@
-"""Gather once, on some text, what a method otherwise estimates from each prompt.
+"""Gather once, on some text, what a method otherwise estimates from each prompt or cannot do without.
 
-expected_attention: mean and covariance of the model's queries. Use the file with
-`--recipe "expected_attention(statistics='FILE') @ 50%"`. Without --data it reads the Python language reference.
+The result lies where recipes look for it, or in --out FILE, to be named as `METHOD(weights='FILE')`. A file of
+expected_attention is always named: `expected_attention(statistics='FILE')`. Without --data it reads the Python language
+reference; razorattention reads random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 
-from steno.cli.document import language_reference, read_document
-from steno.models.default import DEFAULT_MODEL
+from steno.cli import learning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("method", metavar="METHOD", choices=["expected_attention"], help="expected_attention")
-    parser.add_argument("--model", metavar="M", default=DEFAULT_MODEL, help="as for `steno ask` (default: %(default)s)")
-    parser.add_argument("--data", metavar="FILE", help="text to calibrate on, - for standard input")
-    parser.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write")
+    learning.add_arguments(parser, "calibrate")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from steno.cli.show import progress_bar
-    from steno.session import load
-
-    text = read_document(arguments.data) if arguments.data else None
-    lm = load(arguments.model)
-    what = arguments.data
-    if text is None:
-        text, what = language_reference(lambda text: len(lm.tokenize(text)))
-    with progress_bar() as progress:
-        lm.calibrate_expected_attention(text, arguments.out, progress=progress)
-    print(f"wrote {arguments.out}: query statistics of {lm.name} over {what}", file=sys.stderr)
-    return 0
+    return learning.run(arguments)

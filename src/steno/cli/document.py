@@ -62,3 +62,11 @@ def language_reference(count_tokens: Callable[[str], int]) -> tuple[str, str]:
         text,
         f"the first {count_tokens(text)} tokens of 'Compound statements' in the Python {version} language reference",
     )
+
+
+def whole_reference() -> tuple[str, str]:
+    """All chapters of the running interpreter's language reference, and what it is in words."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return text, f"the Python {sys.version_info.major}.{sys.version_info.minor} language reference"

@@ -10,11 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from steno.cli import ask, bench, calibrate, methods
+from steno.cli import ask, bench, calibrate, methods, train
 from steno.errors import BadArgument, CalibrationError, StenoError, StenoWarning
 from steno.version import VERSION
 
-COMMANDS = {"ask": ask, "bench": bench, "methods": methods, "calibrate": calibrate}
+COMMANDS = {"ask": ask, "bench": bench, "methods": methods, "calibrate": calibrate, "train": train}
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 

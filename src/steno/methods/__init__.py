@@ -7,8 +7,12 @@ from typing import Any
 from steno.methods.access.all import All
 from steno.methods.access.quest import Quest
 from steno.methods.allocate.adakv import AdaKV
+from steno.methods.allocate.ems_heads import EMSHeads
+from steno.methods.allocate.prefixkv import PrefixKV
 from steno.methods.allocate.pyramidkv import PyramidKV
+from steno.methods.allocate.razorattention import RazorAttention
 from steno.methods.allocate.uniform import Uniform
+from steno.methods.allocate.zipvl import ZipVL
 from steno.methods.interfaces import (
     Access,
     Allocator,
@@ -17,6 +21,7 @@ from steno.methods.interfaces import (
     Merger,
     Method,
     Quantizer,
+    Reader,
     Scorer,
     Sharer,
     Transform,
@@ -35,10 +40,13 @@ from steno.methods.quantize.zipcache import ZipCache
 from steno.methods.score.expected_attention import ExpectedAttention
 from steno.methods.score.h2o import H2O
 from steno.methods.score.keydiff import KeyDiff
+from steno.methods.score.keyformer import Keyformer
 from steno.methods.score.kvzip import KVzip
+from steno.methods.score.locret import Locret
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
 from steno.methods.score.tova import TOVA
+from steno.methods.score.trim_kv import TrimKV
 from steno.methods.share.minicache import MiniCache
 from steno.methods.share.xkv import XKV
 from steno.methods.transform.cskv import CSKV
@@ -51,9 +59,12 @@ KINDS = ("score", "allocate", "merge", "share", "transform", "quantize", "access
 """The kinds of stages, in the order in which a recipe names them."""
 
 SCORERS: dict[str, type[Scorer]] = {
-    cls.id: cls for cls in (StreamingLLM, SnapKV, TOVA, H2O, KeyDiff, ExpectedAttention, KVzip)
+    cls.id: cls
+    for cls in (StreamingLLM, SnapKV, TOVA, H2O, KeyDiff, ExpectedAttention, KVzip, Keyformer, Locret, TrimKV)
 }
-ALLOCATORS: dict[str, type[Allocator]] = {cls.id: cls for cls in (Uniform, PyramidKV, AdaKV)}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    cls.id: cls for cls in (Uniform, PyramidKV, AdaKV, PrefixKV, RazorAttention, EMSHeads, ZipVL)
+}
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
@@ -61,6 +72,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache, KVQuant)
 }
 ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
+READERS: dict[str, type[Reader]] = {cls.id: cls for cls in (StreamingLLM, KeyDiff, Locret, TrimKV)}
 METHODS: dict[str, type[Method]] = {
     **SCORERS,
     **ALLOCATORS,
@@ -86,6 +98,7 @@ __all__ = [
     "Q4_0",
     "Q8_0",
     "QUANTIZERS",
+    "READERS",
     "SCORERS",
     "SHARERS",
     "TOVA",
@@ -95,6 +108,7 @@ __all__ = [
     "AdaKV",
     "All",
     "Allocator",
+    "EMSHeads",
     "Encoder",
     "Evict",
     "Evictor",
@@ -106,13 +120,18 @@ __all__ = [
     "KVQuant",
     "KVzip",
     "KeyDiff",
+    "Keyformer",
+    "Locret",
     "Merger",
     "Method",
     "MiniCache",
     "Palu",
+    "PrefixKV",
     "PyramidKV",
     "Quantizer",
     "Quest",
+    "RazorAttention",
+    "Reader",
     "RotateKV",
     "Scorer",
     "Sharer",
@@ -120,10 +139,12 @@ __all__ = [
     "StreamingLLM",
     "ThinK",
     "Transform",
+    "TrimKV",
     "TurboQuant",
     "Uniform",
     "VidKV",
     "ZipCache",
+    "ZipVL",
     "describe_methods",
 ]
 

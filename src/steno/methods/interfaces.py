@@ -57,11 +57,30 @@ class Evictor(Scorer, Protocol):
     def prefill_state(self, kv: LayerKV, obs: Observation) -> Tensor:
         """The state `[Hkv, S]` fp32 after the prompt."""
 
-    def observe(self, state: Tensor, weights: Tensor) -> Tensor:
-        """The next state `[Hkv, n]` from the attention weights `[H, n]` of one step; a new token comes in as 0."""
+    def observe(self, state: Tensor, weights: Tensor, *, step: int) -> Tensor:
+        """The next state `[Hkv, n]` from the attention weights `[H, n]` of one step; a new token comes in as 0.
+
+        step: tokens since the end of the prompt, this one included.
+        """
 
     def priority(self, state: Tensor, positions: Tensor, budget_tokens: int) -> Tensor:
         """What to keep first, `[Hkv, n]` fp32, from the state and the true positions, both `[Hkv, n]`."""
+
+
+class Reader(Scorer, Protocol):
+    """A scorer that can evict while a prompt is read chunk by chunk, over a state of one number per token.
+
+    What it needs is shown for each chunk alone. `score` is `retention` of the whole prompt, with `is_last`.
+    """
+
+    def token_state(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """The state `[Hkv, T]` fp32 of the tokens of a chunk; found once, from these tokens alone."""
+
+    def retention(self, keys: Tensor, state: Tensor, positions: Tensor, *, budget_tokens: int, is_last: bool) -> Tensor:
+        """What to keep first, `[Hkv, n]` fp32, of all that is held: keys `[Hkv, n, D]`, state and positions `[Hkv, n]`.
+
+        is_last: whether the prompt ends here.
+        """
 
 
 class Allocator(Method, Protocol):

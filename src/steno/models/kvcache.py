@@ -16,8 +16,9 @@ from steno.cache.layer import LayerCache, Reading
 from steno.cache.prompt import ReplayObserver
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
+from steno.models.learned import find_weights
 from steno.models.rope import rope_of
-from steno.pipeline import RecipePolicy
+from steno.pipeline import RecipePolicy, with_weights
 from steno.recipe import Recipe, as_recipe
 from steno.types import Need
 
@@ -35,20 +36,41 @@ class KVCache(Cache):
     prompt_tokens : int or None
         Length at which the prompt is complete and gets compressed. None: after the first forward pass; give it when the
         prompt comes in chunks (`prefill_chunk_size`), since transformers does not say which chunk is the last.
+    evict_while_reading : bool
+        Whether the method evicts after every chunk of such a prompt, so that no layer ever holds more than the budget and
+        one chunk; needs `prompt_tokens`, and a method of `steno.methods.READERS`.
+    model_hash : str or None
+        `steno.models.identity.model_hash` of the model, under which methods find what they learned of it; None: such
+        methods must name their file.
 
     Raises
     ------
     RecipeError
-        If the recipe cannot be parsed.
+        If the recipe cannot be parsed, or cannot evict while it reads and should.
     ModelError
         If the model keeps no key-value cache in any layer.
+    CalibrationError
+        If a method has learned nothing of the model yet.
     """
 
-    def __init__(self, config: Any, recipe: Recipe | str | None = None, *, prompt_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        recipe: Recipe | str | None = None,
+        *,
+        prompt_tokens: int | None = None,
+        evict_while_reading: bool = False,
+        model_hash: str | None = None,
+    ) -> None:
         if prompt_tokens is not None and prompt_tokens < 1:
             raise BadArgument(f"`prompt_tokens` must be >= 1; got prompt_tokens={prompt_tokens}.")
         self.recipe = as_recipe(recipe)
-        self.reading = Reading(prompt_tokens=prompt_tokens)
+        self.model_hash = model_hash
+        if evict_while_reading:
+            self.recipe.check_evicts_while_reading()
+            if prompt_tokens is None:
+                raise BadArgument("`evict_while_reading` needs `prompt_tokens`, the length of the whole prompt.")
+        self.reading = Reading(prompt_tokens=prompt_tokens, evict=evict_while_reading)
         self.meter = Meter()
         self.config = config.get_text_config(decoder=True)
         super().__init__(layers=self._build_layers())
@@ -61,7 +83,8 @@ class KVCache(Cache):
             kind == "full_attention" and mode is None and (not shared or any(modes))
             for kind, mode in zip(layer_types, modes, strict=True)
         ]
-        policy, layers = RecipePolicy(self.recipe), []
+        learned = with_weights(self.recipe, lambda method, command: find_weights(method, self.model_hash, command))
+        policy, layers = RecipePolicy(learned), []
         for kind, kwargs, is_ours in zip(layer_types, layer_kwargs, ours, strict=True):
             if not is_ours:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
@@ -105,7 +128,13 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A cache that shares everything held and goes its own way; costs the copy of the tails."""
-        twin = KVCache(self.config, self.recipe, prompt_tokens=self.reading.prompt_tokens)
+        twin = KVCache(
+            self.config,
+            self.recipe,
+            prompt_tokens=self.reading.prompt_tokens,
+            evict_while_reading=self.reading.evict,
+            model_hash=self.model_hash,
+        )
         twin.layers = [
             layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
             for layer in self.layers

@@ -14,6 +14,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from steno.methods.allocate.rounding import largest_remainder
 from steno.methods.checks import require_real
 from steno.types import Need
 
@@ -65,7 +66,7 @@ class AdaKV:
         counts = _winners(scores, protected, spare)
         shares = (1 - self.alpha_safeguard) * counts.double() + self.alpha_safeguard * spare / num_heads  # [Hkv]
         room = num_tokens - protected
-        return protected + torch.tensor(_rounded(shares.tolist(), room.tolist(), spare), device=scores.device)
+        return protected + torch.tensor(largest_remainder(shares.tolist(), room.tolist(), spare), device=scores.device)
 
 
 def _winners(scores: Tensor, protected: Tensor, count: int) -> Tensor:
@@ -74,14 +75,3 @@ def _winners(scores: Tensor, protected: Tensor, count: int) -> Tensor:
     order = scores.T.flatten().argsort(descending=True, stable=True)  # [S * Hkv], token-major
     heads = order[: int(protected.sum()) + count] % num_heads
     return heads.bincount(minlength=num_heads) - protected
-
-
-def _rounded(shares: list[float], room: list[int], total: int) -> list[int]:
-    """Whole numbers near `shares`, each at most `room`, that sum to `total`: largest remainder, then first head."""
-    counts = [min(int(share), space) for share, space in zip(shares, room, strict=True)]
-    while (left := total - sum(counts)) > 0:
-        open_heads = [head for head, space in enumerate(room) if counts[head] < space]
-        open_heads.sort(key=lambda head: counts[head] - shares[head])
-        for head in open_heads[:left]:
-            counts[head] += 1
-    return counts

@@ -75,7 +75,7 @@ class H2O:
         assert obs.attention_mass is not None, "the host gathers ATTENTION_MASS"
         return _group_sum(obs.attention_mass, kv.num_kv_heads)  # [Hkv, S]
 
-    def observe(self, state: Tensor, weights: Tensor) -> Tensor:
+    def observe(self, state: Tensor, weights: Tensor, *, step: int) -> Tensor:
         """Add this step's weights `[H, n]`."""
         return state + _group_sum(weights, state.shape[0])  # [Hkv, n]
 

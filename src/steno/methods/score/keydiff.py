@@ -2,8 +2,8 @@
 
 Source: Park, Jones, Morse, Goel, Lee, Lott, 2025, https://arxiv.org/abs/2504.15364.
 Differs: written from the paper, not from the authors' code (the formula agrees with NVIDIA kvpress); the paper
-    evicts after each block of a long prompt and while decoding, this scores the whole prompt once at its end, and
-    protects no recent window.
+    evicts after each block of a long prompt and while decoding, this after each chunk that is read, or once at the
+    prompt's end, and protects no recent window.
 Cost: 3*Hkv*S*D FLOPs; one fp32 copy of the keys.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -37,7 +38,7 @@ class KeyDiff:
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "Written from the paper; it evicts after each block of the prompt and while decoding, "
-        "this scores the whole prompt once at its end, and protects no recent window."
+        "this after each chunk that is read, or once at the prompt's end, and protects no recent window."
     )
     evicts_while_decoding: ClassVar[bool] = False
 
@@ -53,8 +54,19 @@ class KeyDiff:
     def min_tokens(self) -> int:
         return 0
 
+    def token_state(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """Zeros: the method looks at the keys that are held."""
+        return torch.zeros(kv.num_kv_heads, kv.num_tokens, device=kv.keys.device)  # [Hkv, T]
+
+    def retention(self, keys: Tensor, state: Tensor, positions: Tensor, *, budget_tokens: int, is_last: bool) -> Tensor:
+        """The score among the keys that are held."""
+        return self._difference(keys)
+
     def score(self, kv: LayerKV, obs: Observation) -> Tensor:
         """Scores `[Hkv, S]` fp32 in [-1, 1]."""
-        directions = normalize(kv.keys.float(), dim=-1)  # [Hkv, S, D]
+        return self._difference(kv.keys)
+
+    def _difference(self, keys: Tensor) -> Tensor:
+        directions = normalize(keys.float(), dim=-1)  # [Hkv, S, D]
         anchor = normalize(directions.mean(1), dim=-1)  # [Hkv, D]
         return -(directions @ anchor[:, :, None])[..., 0]  # [Hkv, S]

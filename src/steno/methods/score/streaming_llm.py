@@ -2,7 +2,7 @@
 
 Source: Xiao, Tian, Chen, Han, Lewis, 2023, https://arxiv.org/abs/2309.17453, section 3.2.
 Differs: keys keep their true rotated positions instead of slot positions, so a stream cannot outrun the model's
-    positions; the prompt attends in full and is cut once at its end, not token by token.
+    positions; the prompt is cut after each chunk that is read, or once at its end, not token by token.
 Cost: none beyond O(Hkv * S) for the positions.
 """
 
@@ -45,7 +45,7 @@ class StreamingLLM:
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "Keys keep their true rotated positions instead of slot positions; "
-        "the prompt attends in full and is cut once at its end, not token by token."
+        "the prompt is cut after each chunk that is read, or once at its end, not token by token."
     )
     evicts_while_decoding: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = False
@@ -71,13 +71,21 @@ class StreamingLLM:
         """Zeros: the method looks at positions only."""
         return torch.zeros(kv.num_kv_heads, kv.num_tokens, device=kv.keys.device)  # [Hkv, S]
 
-    def observe(self, state: Tensor, weights: Tensor) -> Tensor:
+    def observe(self, state: Tensor, weights: Tensor, *, step: int) -> Tensor:
         """The state as it is."""
         return state
 
     def priority(self, state: Tensor, positions: Tensor, budget_tokens: int) -> Tensor:
         """Sinks first, then the newest."""
         return positions.float().masked_fill(positions < self.n_sink, torch.inf)  # [Hkv, n]
+
+    def token_state(self, kv: LayerKV, obs: Observation) -> Tensor:
+        """Zeros, as after the prompt."""
+        return self.prefill_state(kv, obs)
+
+    def retention(self, keys: Tensor, state: Tensor, positions: Tensor, *, budget_tokens: int, is_last: bool) -> Tensor:
+        """Sinks first, then the newest."""
+        return self.priority(state, positions, budget_tokens)
 
     def score(self, kv: LayerKV, obs: Observation) -> Tensor:
         """`priority` at the end of the prompt, `[Hkv, S]`."""

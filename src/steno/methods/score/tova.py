@@ -58,7 +58,7 @@ class TOVA:
         weights = attention_weights(last, kv.keys, scale=obs.scaling, softcap=obs.softcap)  # [H, 1, S]
         return weights.mean((0, 1)).repeat(kv.num_kv_heads, 1)  # [Hkv, S]
 
-    def observe(self, state: Tensor, weights: Tensor) -> Tensor:
+    def observe(self, state: Tensor, weights: Tensor, *, step: int) -> Tensor:
         """This step's weights, mean over all heads, in place of the old state."""
         return weights.float().mean(0).repeat(state.shape[0], 1)  # [Hkv, n]
 

@@ -1,0 +1,76 @@
+"""What `steno train` and `steno calibrate` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from steno.cli.document import language_reference, read_document, whole_reference
+from steno.errors import BadArgument
+from steno.learn import LEARNERS, Command
+from steno.models.default import DEFAULT_MODEL
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
+    """The arguments of `steno train` or `steno calibrate`."""
+    learners = [learner for learner in LEARNERS.values() if learner.command == command]
+    names = [learner.id for learner in learners]
+    what = "; ".join(f"{learner.id}: {learner.what}" for learner in learners)
+    parser.add_argument("method", metavar="METHOD", choices=names, help=what)
+    parser.add_argument("--model", metavar="M", default=DEFAULT_MODEL, help="as for `steno ask` (default: %(default)s)")
+    parser.add_argument("--data", metavar="FILE", help="text to learn from, - for standard input")
+    parser.add_argument("--out", metavar="FILE", help="safetensors file to write; without it, where recipes find it")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of every random draw (default: %(default)s)")
+    if command == "train":
+        parser.add_argument("--steps", metavar="N", type=int, help="one passage each (default: the method's own)")
+        parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    parser.set_defaults(steps=None, resume=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Learns, writes the file and says where."""
+    from importlib import import_module
+
+    from steno.calibration import save_calibration
+    from steno.cli.show import progress_bar
+    from steno.learn.options import Options
+    from steno.models.learned import learned_file
+    from steno.session import load
+    from steno.version import VERSION
+
+    learner = LEARNERS[arguments.method]
+    if arguments.steps is not None and arguments.steps < 1:
+        raise BadArgument(f"`--steps` must be >= 1; got {arguments.steps}.")
+    steps = arguments.steps or learner.steps
+    text = read_document(arguments.data) if arguments.data else None
+    lm = load(arguments.model)
+    what = arguments.data
+    if text is None:
+        short = learner.command == "calibrate"
+        text, what = language_reference(lambda text: len(lm.tokenize(text))) if short else whole_reference()
+    out = Path(arguments.out).expanduser() if arguments.out else learned_file(learner.id, lm.loaded.model_hash)
+    if not arguments.out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "method": learner.id,
+        "model": lm.name,
+        "model_hash": lm.loaded.model_hash,
+        "data": str(what),
+        "seed": str(arguments.seed),
+        "steps": str(steps),
+        "steno": VERSION,
+    }
+    checkpoint = out.with_name(out.name + ".checkpoint") if learner.command == "train" else None
+    if checkpoint is not None and not arguments.resume:
+        checkpoint.unlink(missing_ok=True)
+    with progress_bar() as progress:
+        options = Options(
+            seed=arguments.seed, steps=steps, identity=str(about), checkpoint=checkpoint, progress=progress
+        )
+        tensors = import_module(learner.module).learn(lm, text, options)
+    save_calibration(out, tensors, about)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    print(f"wrote {out}: {learner.what} of {lm.name}, learned from {what}", file=sys.stderr)
+    return 0

@@ -1,0 +1,197 @@
+"""What methods learn: the same under a seed, resumed as if never interrupted, found by recipes, and sensible on toys."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import steno
+from steno.cli.main import run
+from steno.errors import CalibrationError, PromptError
+from steno.learn import LEARNERS, training
+from steno.learn.gather import look
+from steno.learn.locret import labels
+from steno.learn.options import Options
+from steno.learn.passages import passages
+from steno.learn.razorattention import repeated_attention
+from steno.learn.trim_kv import over_capacity, retained_logits
+from steno.methods import METHODS
+from steno.models.learned import learned_file
+from steno.types import LayerKV, Need, Observation
+from tiny import save_with_bytes
+
+TEXT = " ".join(
+    f"In the year {n} the hen of house {n % 7} laid {n % 5} eggs under the old stone by the river bank."
+    for n in range(60)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_bytes(tmp_path_factory.mktemp("models") / "llama", "llama", positions=2048)
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> Any:
+    return steno.load(folder, dtype="fp32")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    place = tmp_path / "data.txt"
+    place.write_text(TEXT)
+    return place
+
+
+def test_the_table_knows_its_methods() -> None:
+    assert all(LEARNERS[id].command == ("train" if METHODS[id].trained else "calibrate") for id in LEARNERS)
+    weighted = {id for id, cls in METHODS.items() if "weights" in {f.name for f in dataclasses.fields(cls)}}
+    assert weighted == set(LEARNERS) - {"expected_attention"}
+    assert all((learner.steps > 0) == (learner.command == "train") for learner in LEARNERS.values())
+
+
+@pytest.mark.parametrize("method", [id for id in LEARNERS if id != "expected_attention"])
+def test_a_command_learns_and_recipes_find_it(
+    method: str, folder: Path, lm: Any, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    learner = LEARNERS[method]
+    kind = METHODS[method].kind
+    recipe = f"{method} @ 50%" if kind == "score" else f"keydiff | {method} @ 50%"
+    with pytest.raises(CalibrationError, match=f"run `steno {learner.command} {method} --model M` once"):
+        lm.read(TEXT[:600], recipe)
+    steps = ["--steps", "2"] if learner.command == "train" else []
+    assert run([learner.command, method, "--model", str(folder), "--data", str(data), *steps]) == 0
+    place = learned_file(method, lm.loaded.model_hash)
+    assert f"wrote {place}" in capsys.readouterr().err
+    assert [p.name for p in place.parent.iterdir()] == [place.name]
+    with safe_open(place, framework="pt") as file:
+        about = file.metadata()
+    assert (about["model_hash"], about["method"], about["seed"]) == (lm.loaded.model_hash, method, "0")
+    ctx = lm.read(TEXT[:600], recipe)
+    assert "".join(step.text for step in ctx.ask("Where?", max_new_tokens=3)) is not None
+    held = [n for layer in ctx.cache.held_tokens() for row in layer for n in row]
+    assert sum(held) == len(held) * int(len(ctx.tokens) / 2)
+    again = tmp_path / "again.safetensors"
+    assert run([learner.command, method, "--model", str(folder), "--data", str(data), *steps, "--out", str(again)]) == 0
+    first, second = load_file(place), load_file(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_resumes_as_if_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+    target = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+    def learn(checkpoint: Path | None, identity: str = "a", stop: int | None = None) -> Any:
+        x = {"x": torch.zeros(3, 4)}
+
+        def loss_of(step: int) -> torch.Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            return ((x["x"] - target * (step % 3)) ** 2).sum()
+
+        options = Options(steps=10, identity=identity, checkpoint=checkpoint)
+        return training.train(x, loss_of, options, learning_rate=0.1)["x"]
+
+    whole, place = learn(None), tmp_path / "x.checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        learn(place, stop=7)
+    assert place.exists()
+    with pytest.raises(CalibrationError, match="checkpoint of another run"):
+        learn(place, identity="b")
+    assert torch.equal(learn(place), whole)
+    place.write_bytes(b"nonsense")
+    with pytest.raises(CalibrationError, match="not a readable safetensors file"):
+        learn(place)
+
+
+def test_training_that_fails_says_so() -> None:
+    with pytest.raises(CalibrationError, match="the loss of step 0 is nan"):
+        training.train({"x": torch.zeros(1)}, lambda step: torch.tensor(torch.nan), Options(steps=1), learning_rate=1)
+
+
+def test_passages_depend_on_seed_and_number_alone(lm: Any) -> None:
+    first = list(passages(lm, TEXT, seed=3, first=0, last=3))
+    assert list(passages(lm, TEXT, seed=3, first=2, last=3)) == first[2:]
+    assert next(passages(lm, TEXT, seed=4, first=0, last=1)) != first[0]
+    for passage in first:
+        assert 0 < passage.num_document_tokens < len(passage.tokens) <= 2048
+        document = lm.detokenize(passage.tokens[: passage.num_document_tokens])
+        answer = lm.detokenize(passage.tokens).split("assistant\n")[1].split("\n")[0]
+        assert answer[:20] in document
+    with pytest.raises(PromptError, match="at least 64 words"):
+        next(passages(lm, "too short", seed=0, first=0, last=1))
+    with pytest.raises(PromptError, match="sentences of at least 12 words"):
+        next(passages(lm, "No. " * 100, seed=0, first=0, last=1))
+
+
+def test_look_sees_what_it_is_asked_for(lm: Any) -> None:
+    tokens = lm.tokenize(TEXT[:50])
+    seen = look(lm, tokens, Need.QUERIES, Need.HIDDEN_STATES)
+    assert len(seen) == 3
+    for kv, obs in seen:
+        assert kv.keys.shape == (2, 50, 12)
+        assert obs.queries.shape == (4, 50, 12)
+        assert obs.hidden_states.shape == (50, 48)
+        assert obs.attention_mass is None
+
+
+def toy(queries: torch.Tensor, keys: torch.Tensor) -> tuple[LayerKV, Observation]:
+    kv = LayerKV(keys=keys, values=keys, positions=torch.arange(keys.shape[1]))
+    return kv, Observation(layer_idx=0, num_layers=1, scaling=1.0, budget_tokens=1, queries=queries)
+
+
+def test_an_induction_head_is_found() -> None:
+    size, generator = 6, torch.Generator().manual_seed(0)
+    ids = torch.arange(size).repeat(4)
+    codes = torch.eye(size) * 20
+    same = codes[ids]
+    before = codes[ids.roll(1)]  # a key that says which token came before it
+    kv, obs = toy(
+        torch.stack([same, same, torch.randn(24, size, generator=generator)]), torch.stack([same, before, same])
+    )
+    induction, echo = repeated_attention(kv, obs, size, 1), repeated_attention(kv, obs, size, 0)
+    assert induction.argmax() == 1
+    assert induction[1] > 0.4
+    assert echo.argmax() == 0
+    # against the whole matrix of attention
+    logits = (obs.queries @ kv.keys.mT).masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)
+    distance = torch.arange(24)[:, None] - torch.arange(24)
+    expected = (logits * ((distance > 0) & (distance % size == 0))).sum((1, 2)) / 24
+    torch.testing.assert_close(echo, expected)
+    expected = (logits * ((distance > 0) & (distance % size == size - 1))).sum((1, 2)) / 24
+    torch.testing.assert_close(induction, expected)
+
+
+def test_locret_labels_find_what_answers_look_at() -> None:
+    keys, queries = torch.zeros(1, 20, 4), torch.zeros(2, 20, 4)
+    keys[0, 7], queries[1, 17] = 3.0, 3.0
+    wanted = labels(*toy(queries, keys), 15)
+    assert wanted.shape == (1, 15)
+    assert wanted[0].argmax() == 7
+    assert wanted.mean().abs() < 1e-5
+
+
+def test_retained_attention() -> None:
+    logits, rows = torch.randn(2, 3, 4, 9), torch.tensor([0, 3, 8, 8])
+    plain = retained_logits(logits, torch.zeros(2, 9), rows)
+    future = torch.arange(9) > rows[:, None]
+    assert torch.equal(plain, logits.masked_fill(future, -torch.inf))
+    faded = retained_logits(logits, torch.full((2, 9), -1e4), rows)
+    own = torch.arange(9) == rows[:, None]
+    assert torch.equal(faded[..., own], logits[..., own])  # a token does not fade for itself
+    assert (faded[..., ~own & ~future] == 0).all()
+
+
+def test_capacity_is_what_is_remembered() -> None:
+    assert over_capacity(torch.zeros(3, 50), 50.0) == 0
+    forever = over_capacity(torch.zeros(1, 8), 2.0)
+    assert forever == pytest.approx(sum(max(0, t + 1 - 2) / (t + 1) for t in range(8)) / 8)
+    assert over_capacity(torch.full((1, 8), -50.0), 1.0) == pytest.approx(0, abs=1e-6)
