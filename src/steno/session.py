@@ -179,11 +179,12 @@ class LanguageModel:
         if chunk_tokens is not None and chunk_tokens < 1:
             raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={chunk_tokens}.")
         note = check_budget(recipe, len(tokens))
+        evicts = chunk_tokens is not None and recipe.reader is not None
         cache = KVCache(
             self.model.config,
             recipe,
             prompt_tokens=len(tokens),
-            evict_while_reading=chunk_tokens is not None and recipe.reader is not None,
+            evict_while_reading=evicts,
             model_hash=self.loaded.model_hash,
         )
         started = time.perf_counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from steno.learn.passages import passages
 from steno.learn.razorattention import repeated_attention
 from steno.learn.trim_kv import over_capacity, retained_logits
 from steno.methods import METHODS
-from steno.models.learned import learned_file
+from steno.models.default import DEFAULT_MODEL
+from steno.models.learned import SHIPPED, learned_file
 from steno.types import LayerKV, Need, Observation
 from tiny import save_with_bytes
 
@@ -195,3 +198,20 @@ def test_capacity_is_what_is_remembered() -> None:
     forever = over_capacity(torch.zeros(1, 8), 2.0)
     assert forever == pytest.approx(sum(max(0, t + 1 - 2) / (t + 1) for t in range(8)) / 8)
     assert over_capacity(torch.full((1, 8), -50.0), 1.0) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("learner", [x for x in LEARNERS.values() if x.id != "expected_attention"], ids=lambda x: x.id)
+def test_what_the_embedded_model_needs_is_shipped(learner: Any) -> None:
+    [place] = SHIPPED.glob(f"{learner.id}-*.safetensors")
+    with safe_open(place, framework="pt") as file:
+        about = file.metadata()
+    assert place.name == f"{learner.id}-{about['model_hash']}.safetensors"
+    assert (about["method"], about["model"]) == (learner.id, DEFAULT_MODEL)
+    assert int(about["steps"]) == learner.steps  # the method's docstring says how much it was trained
+    made = json.loads((SHIPPED / "made.json").read_text())[place.name]
+    assert made["command"] == f"steno {learner.command} {learner.id}"
+    assert made["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest()
+    assert place.stat().st_size < 3_000_000
+    tensors = load_file(place)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert {len(tensor) for tensor in tensors.values()} == {30}

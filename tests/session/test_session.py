@@ -10,7 +10,7 @@ import torch
 
 import steno
 from steno.decode.sampler import Sampling
-from steno.errors import BudgetError, PromptError, RecipeError
+from steno.errors import BadArgument, BudgetError, PromptError, RecipeError
 from tiny import TOKENS, save_with_bytes
 
 DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 6
@@ -321,3 +321,25 @@ def test_tokens_are_read_and_continued_without_a_template(load: Callable[..., An
         lm.read_tokens([])
     with pytest.raises(PromptError, match="1200 positions"):
         lm.read_tokens([5] * 1201)
+
+
+@pytest.mark.parametrize("recipe", ["snapkv(window=16) | adakv | int4 @ 50%", "kvzip @ 40%", "full"])
+def test_a_document_in_chunks_is_the_same_document(load: Callable[..., Any], recipe: str) -> None:
+    lm = load()
+    whole, parts = lm.read(DOCUMENT, recipe), lm.read(DOCUMENT, recipe, chunk_tokens=70)
+    assert parts.cache.held_tokens() == whole.cache.held_tokens()
+    assert answer(parts) == answer(whole)
+
+
+@pytest.mark.parametrize("recipe", ["streaming_llm @ 40", "keydiff | int4 @ 100"])
+def test_a_document_that_is_evicted_while_it_is_read(load: Callable[..., Any], recipe: str) -> None:
+    lm, seen = load(), []
+    ctx = lm.read(DOCUMENT, recipe, chunk_tokens=50, progress=lambda *args: seen.append(args))
+    assert ctx.report().kv_bytes_peak < ctx.report().kv_bytes_full
+    assert seen[-1][1] == seen[-1][2] == len(lm.model.model.layers) * -(-len(ctx.tokens) // 50)
+    assert answer(ctx) != ""
+    ctx.cache.check_integrity()
+    with pytest.raises(BadArgument, match="chunk_tokens=0"):
+        lm.read(DOCUMENT, recipe, chunk_tokens=0)
+    with pytest.raises(RecipeError, match="adakv needs the whole prompt"):
+        lm.read(DOCUMENT, "keydiff | adakv @ 40%", chunk_tokens=50)

@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="keep the linear layers in fp16, int8 or int4: faster steps on an x86 CPU (default: as --dtype)",
     )
+    machine.add_argument(
+        "--chunk-tokens",
+        metavar="N",
+        type=int,
+        help="read so many tokens at a time; streaming_llm, keydiff, locret and trim_kv then evict after each chunk",
+    )
     machine.add_argument("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -113,7 +119,13 @@ def _read_and_ask(
     from steno.cli.show import progress_bar
 
     with progress_bar() as progress:
-        context = lm.read(document, recipe, reserve_tokens=arguments.max_new_tokens, progress=progress)
+        context = lm.read(
+            document,
+            recipe,
+            reserve_tokens=arguments.max_new_tokens,
+            chunk_tokens=arguments.chunk_tokens,
+            progress=progress,
+        )
     if context.note:
         print(f"steno: {context.note}", file=sys.stderr)
     started = time.perf_counter()

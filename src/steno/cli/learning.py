@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     text = read_document(arguments.data) if arguments.data else None
     lm = load(arguments.model)
     what = arguments.data
-    if text is None:
+    if not learner.reads_text:
+        text, what = "", "random tokens"
+    elif text is None:
         short = learner.command == "calibrate"
         text, what = language_reference(lambda text: len(lm.tokenize(text))) if short else whole_reference()
     out = Path(arguments.out).expanduser() if arguments.out else learned_file(learner.id, lm.loaded.model_hash)

@@ -15,13 +15,18 @@ Command = Literal["train", "calibrate"]
 @final
 @dataclass(frozen=True)
 class Learner:
-    """One method that learns. steps: of `steno train` where none are given; 0: it takes no steps."""
+    """One method that learns.
+
+    steps: of `steno train` where none are given; 0: it takes no steps. reads_text: whether it looks at text, or at random
+    tokens.
+    """
 
     id: str
     command: Command
     module: str
     what: str
     steps: int = 0
+    reads_text: bool = True
 
 
 LEARNERS: dict[str, Learner] = {
@@ -31,7 +36,7 @@ LEARNERS: dict[str, Learner] = {
             "expected_attention", "calibrate", "steno.learn.expected_attention", "mean and covariance of the queries"
         ),
         Learner("prefixkv", "calibrate", "steno.learn.prefixkv", "how each layer spreads its attention"),
-        Learner("razorattention", "calibrate", "steno.learn.razorattention", "which heads retrieve"),
+        Learner("razorattention", "calibrate", "steno.learn.razorattention", "which heads retrieve", reads_text=False),
         Learner("locret", "train", "steno.learn.locret", "retaining heads", steps=120),
         Learner("trim_kv", "train", "steno.learn.trim_kv", "retention gates", steps=120),
     )
