@@ -1,6 +1,7 @@
 """Attention over spans: dense tokens and quantized pages, read where they lie."""
 
 from .dispatch import attend
+from .gather import Gathered, gather_tokens
 from .heads import attend_heads, softmax_over
 from .mass import attention_mass, attention_weights
 from .merge import merge_attention
@@ -10,6 +11,7 @@ from .table import Append, SpanTable
 __all__ = [
     "Append",
     "DenseSpan",
+    "Gathered",
     "PageSpan",
     "Span",
     "SpanTable",
@@ -17,6 +19,7 @@ __all__ = [
     "attend_heads",
     "attention_mass",
     "attention_weights",
+    "gather_tokens",
     "merge_attention",
     "softmax_over",
 ]

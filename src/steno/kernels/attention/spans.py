@@ -51,7 +51,11 @@ class DenseSpan:
     def read(self, num_tokens: int, page_ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """keys, values `[m, D]` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
         index = _token_index(num_tokens, page_ids, self.keys.device)
-        return self.keys[index].to(dtype), self.values[index].to(dtype), index
+        return *self.take(index, dtype), index
+
+    def take(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """keys and values `[m, D]` of the tokens `index` `[m]`."""
+        return self.keys[index].to(dtype), self.values[index].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,13 @@ class PageSpan:
 
     def read(self, num_tokens: int, page_ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """keys, values `[m, D]` and token indices `[m]` of the first `num_tokens`, or of those in `page_ids`."""
+        index = _token_index(num_tokens, page_ids, self.pages.key_codes.device)
+        return *self.take(index, dtype), index
+
+    def take(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """keys and values `[m, D]` of the tokens `index` `[m]`; decodes the span."""
         keys, values = decode_pages(self.pages, dtype)  # [P, 64, D]
-        index = _token_index(num_tokens, page_ids, keys.device)
-        return keys.flatten(0, 1)[index], values.flatten(0, 1)[index], index
+        return keys.flatten(0, 1)[index], values.flatten(0, 1)[index]
 
 
 Span = DenseSpan | PageSpan

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from enum import IntEnum, auto
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -60,17 +61,18 @@ class SpanTable:
     """
 
     def __init__(self, rows: list[list[list[Span]]], head_dim: int, entries: Tensor, offsets: Tensor) -> None:
-        self.rows = rows
+        self.rows: Sequence[list[list[Span]]] = rows
+        self.num_rows, self.num_kv_heads = len(rows), len(rows[0])
         self.head_dim = head_dim
         self.entries = entries
         self.offsets = offsets
-        self.page_ids: dict[int, Tensor] = {}
+        self.page_ids: Mapping[int, Tensor] = {}
         self.tail: tuple[Tensor, Tensor] | None = None
         self.tail_lengths: list[int] = []
         self.version = 0
         self.plan: Plan | None = None
         self.has_codebooks = bool((entries[:, Column.FORMAT] >= BOOK).any())
-        self._tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
+        self.tail_entries = (offsets[1:] - 1).to(torch.int64)  # [B * Hkv]
         self._tail_capacities = [_tail_capacity(row) for row in rows]
 
     @classmethod
@@ -101,14 +103,6 @@ class SpanTable:
             table.set_tail_lengths([0] * len(rows))
         return table
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return len(self.rows[0])
-
     def set_tail_lengths(self, lengths: Sequence[int]) -> None:
         """Mutates the table: of the last span of every head of row b, a dense one, `lengths[b]` tokens count now."""
         if len(lengths) != self.num_rows:
@@ -117,7 +111,7 @@ class SpanTable:
             if not 0 <= length <= capacity:
                 raise BadArgument(f"a tail length must be between 0 and the dense tail's {capacity}; got {length}.")
         counts = torch.tensor(lengths, dtype=torch.int64).repeat_interleave(self.num_kv_heads)
-        self.entries[:, Column.TOKENS].index_copy_(0, self._tail_entries, counts)
+        self.entries[:, Column.TOKENS].index_copy_(0, self.tail_entries, counts)
         self.tail_lengths = list(lengths)
         self.version += 1
 
@@ -159,20 +153,119 @@ class SpanTable:
         """
         pairs = page_ids.items() if isinstance(page_ids, Mapping) else enumerate(page_ids)
         chosen = {idx: ids for idx, ids in pairs if ids is not None}
-        table = SpanTable(self.rows, self.head_dim, self.entries.clone(), self.offsets)
-        table.tail, table.tail_lengths = self.tail, self.tail_lengths
         for idx, ids in chosen.items():
             if not 0 <= idx < len(self.entries) or ids.dtype != torch.int32 or ids.ndim != 1 or not ids.is_contiguous():
                 raise BadArgument(f"page ids must be int32 [m], contiguous, of an existing entry; got {ids} for {idx}.")
+        table = self._copy()
         if chosen:
             lines = torch.tensor([[ids.data_ptr(), len(ids)] for ids in chosen.values()], dtype=torch.int64)
             table.entries[:, Column.PAGE_IDS : Column.NUM_PAGE_IDS + 1].index_copy_(0, torch.tensor([*chosen]), lines)
         table.page_ids = chosen
         return table
 
+    def with_page_list(self, page_ids: Tensor, counts: Tensor) -> SpanTable:
+        """`with_page_ids` for many entries at once.
+
+        Parameters
+        ----------
+        page_ids: int32 `[m]`, contiguous, those of one entry behind those of the entry before.
+        counts: int64 `[n]` on the CPU, how many of them are those of each entry; -1: the entry is read whole.
+        """
+        ends = counts.clamp(min=0).cumsum(0)
+        if page_ids.dtype != torch.int32 or not page_ids.is_contiguous() or counts.shape != self.entries.shape[:1]:
+            raise BadArgument(
+                f"page ids must be int32, contiguous, with one count per entry, {len(self.entries)}; "
+                f"got {page_ids.dtype} {[*page_ids.shape]} and {[*counts.shape]}."
+            )
+        if len(counts) and int(ends[-1]) != len(page_ids):
+            raise BadArgument(f"the counts must add up to the {len(page_ids)} page ids; got {int(ends[-1])}.")
+        table = self._copy()
+        lines = [page_ids.data_ptr() + (ends - counts.clamp(min=0)) * page_ids.element_size(), counts]
+        table.entries[:, Column.PAGE_IDS : Column.NUM_PAGE_IDS + 1] = torch.stack(lines, dim=1)
+        table.page_ids = _PageList(page_ids, counts, ends)
+        return table
+
+    def with_tokens(self, keys: Tensor, values: Tensor, log_counts: Tensor | None, counts: Tensor) -> SpanTable:
+        """A table whose heads read only some tokens, dense, and then their tail.
+
+        Parameters
+        ----------
+        keys, values: `[m, D]`, contiguous, those of one head of one row behind those of the head before.
+        log_counts: `[m]` fp32 or None. counts: int64 `[B * Hkv]` on the CPU, how many of them each head reads.
+        """
+        if self.tail is None or counts.shape != self.tail_entries.shape or int(counts.sum()) != len(keys):
+            raise BadArgument(
+                f"tokens for {[*self.tail_entries.shape]} heads with a tail must be {len(keys)}; got {counts}."
+            )
+        ends = counts.cumsum(0)
+        table = copy(self)
+        table.rows = _TokenRows(self, keys, values, log_counts, ends.tolist())
+        table.entries = self.entries[self.tail_entries].repeat_interleave(2, dim=0)
+        chosen, first = table.entries[::2], ends - counts
+        for column, x in ((Column.KEYS, keys), (Column.VALUES, values), (Column.LOG_COUNTS, log_counts)):
+            if x is not None:
+                chosen[:, column] = x.data_ptr() + first * x.stride(0) * x.element_size()
+        chosen[:, Column.FORMAT] = DENSE_DTYPES.index(keys.dtype)
+        chosen[:, Column.TOKENS] = counts
+        table.offsets = torch.arange(0, 2 * len(counts) + 1, 2, dtype=torch.int32)
+        table.tail_entries = torch.arange(1, 2 * len(counts), 2)
+        table.page_ids, table.plan, table.has_codebooks = {}, None, False
+        return table
+
+    def _copy(self) -> SpanTable:
+        """The same spans with entries of their own."""
+        table = copy(self)
+        table.entries, table.plan = self.entries.clone(), None
+        return table
+
     def tokens_of(self, idx: int) -> int:
         """How many tokens of the span of entry `idx` count."""
         return int(self.entries[idx, Column.TOKENS])
+
+
+class _TokenRows(Sequence[list[list[Span]]]):
+    """The spans of `with_tokens`, cut out when they are asked for."""
+
+    def __init__(
+        self, table: SpanTable, keys: Tensor, values: Tensor, log_counts: Tensor | None, ends: list[int]
+    ) -> None:
+        self.table, self.keys, self.values, self.log_counts, self.ends = table, keys, values, log_counts, [0, *ends]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, b: int) -> list[list[Span]]: ...
+    @overload
+    def __getitem__(self, b: slice) -> list[list[list[Span]]]: ...
+    def __getitem__(self, b: int | slice) -> list[list[Span]] | list[list[list[Span]]]:
+        if isinstance(b, slice):
+            return [self[i] for i in range(len(self))[b]]
+        first, row = range(len(self))[b] * self.table.num_kv_heads, self.table.rows[b]
+        return [[self._span(first + h), spans[-1]] for h, spans in enumerate(row)]
+
+    def _span(self, head: int) -> DenseSpan:
+        part = slice(self.ends[head], self.ends[head + 1])
+        return DenseSpan(self.keys[part], self.values[part], None if self.log_counts is None else self.log_counts[part])
+
+
+class _PageList(Mapping[int, Tensor]):
+    """The page ids of `with_page_list` by entry, cut out when they are asked for."""
+
+    def __init__(self, page_ids: Tensor, counts: Tensor, ends: Tensor) -> None:
+        self.page_ids, self.counts, self.ends = page_ids, counts, ends
+
+    def __getitem__(self, idx: int) -> Tensor:
+        count, end = int(self.counts[idx]), int(self.ends[idx])
+        if count < 0:
+            raise KeyError(idx)
+        return self.page_ids[end - count : end]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.counts >= 0).nonzero()[:, 0].tolist())
+
+    def __len__(self) -> int:
+        return int((self.counts >= 0).sum())
 
 
 def _entry(span: Span) -> list[int]:
