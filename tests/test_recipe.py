@@ -38,6 +38,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(["recent_share", "stabilizers", "induction", "echo", "mass", "floor", "tau"], st.floats(0, 1)),
     **dict.fromkeys(["tau_init", "tau_end"], st.floats(1e-3, 1e3)),
     "noise": st.booleans(),
+    "full_layers": st.sampled_from([None, "0", "0,3", "0, 1, 9"]),
+    "offload": st.booleans(),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
     "layers": st.integers(2, 50),
 }
@@ -95,7 +97,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         share=share,
         transform=transform,
         quantize=None if evicts else draw(st.none() | instances(QUANTIZERS)),
-        access=draw(st.none() | instances(ACCESSORS)),
+        access=None if evicts else draw(st.none() | instances(ACCESSORS)),
         budget=draw(budgets) if score else WHOLE,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, PageSelector, Reader, SegmentEncoder, Selection, Sharer, Transform
+from steno.cache.policy import Evictor, Reader, SegmentEncoder, Selection, Selector, Sharer, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -87,7 +87,7 @@ class RecipePolicy:
         return self.recipe.reader
 
     @property
-    def selector(self) -> PageSelector | None:
+    def selector(self) -> Selector | None:
         access = self.recipe.access
         return access if access is not None and not access.reads_all else None
 
@@ -121,11 +121,13 @@ class RecipePolicy:
         counts = 4 if self.recipe.merge is not None and self.recipe.merge.counts_tokens else 0
         dense = 2 * dim * size + counts  # one token of one head
         bounds = 0
-        if self.selector is not None:
-            bounds = -(-2 * dim * size // PAGE_TOKENS)  # its share of the page's key bounds
         fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
-        if self.selector is not None:
-            fixed += heads * 2 * dim * size  # the bounds of a page that is not full
+        if self.recipe.access is not None and self.selector is not None:
+            bounds, once = self.recipe.access.index_bytes(dim, size)
+            bounds += 1  # a page of the layout takes 8 bytes
+            if Need.TOKEN_TEXT in self.needs:
+                fixed += 4 * kv.num_tokens  # the sentence of each token, once for all layers
+            fixed += heads * (once + 4 * 6 * 8 + 5 * 8) + 8  # the rest of the layout
         for transform in self.recipe.transform:
             # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
             plain = transform.first_tokens + transform.recent_tokens

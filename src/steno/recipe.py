@@ -223,6 +223,11 @@ class Recipe:
                 f"{self.score.id} evicts single tokens at every step and pages are encoded only once: use it without "
                 f"{self.quantize.id}, or choose a one-shot scorer such as snapkv."
             )
+        elif self.score.evicts_while_decoding and self.access is not None and not self.access.reads_all:
+            raise RecipeError(
+                f"{self.score.id} must see all that is held to evict at every step, so {self.access.id} cannot leave a part "
+                "unread: choose a one-shot scorer such as snapkv."
+            )
 
     @property
     def stages(self) -> tuple[_Stage, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +13,7 @@ import torch
 
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
-from steno.decode.text import with_text
+from steno.decode.text import sentence_ends, with_text
 from steno.errors import BadArgument, PromptError, RecipeError
 from steno.methods import KVzip
 from steno.models.default import DEFAULT_MODEL
@@ -51,6 +51,7 @@ class ReadReport:
     prefill_s: float
     compress_s: float
     note: str = ""
+    kv_bytes_offloaded: int = 0
 
     def __str__(self) -> str:
         ratio = self.kv_bytes_full / self.kv_bytes if self.kv_bytes else float("nan")
@@ -59,6 +60,8 @@ class ReadReport:
             f"memory: {self.kv_bytes / 1e6:.2f} MB held, {self.kv_bytes_full / 1e6:.2f} MB full in {self.dtype} "
             f"({ratio:.1f} times), {self.kv_bytes_peak / 1e6:.2f} MB peak; {self.held_tokens_mean:.0f} tokens per head",
         ]
+        if self.kv_bytes_offloaded:
+            lines.append(f"beside: {self.kv_bytes_offloaded / 1e6:.2f} MB in a file, not in memory")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 
@@ -77,6 +80,11 @@ class LanguageModel:
         ids = [self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id]
         flat = [i for x in ids for i in (x if isinstance(x, list) else [x])]
         return frozenset(i for i in flat if i is not None)
+
+    @cached_property
+    def sentence_ends(self) -> frozenset[int]:
+        """Tokens that end a sentence."""
+        return sentence_ends(self.tokenizer)
 
     def tokenize(self, text: str, *, literal: bool = False) -> list[int]:
         """Token ids of text, none added; special tokens in it are recognised, or plain text if `literal`."""
@@ -179,6 +187,7 @@ class LanguageModel:
         if chunk_tokens is not None and chunk_tokens < 1:
             raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={chunk_tokens}.")
         note = check_budget(recipe, len(tokens))
+        ends = self.sentence_ends if Need.TOKEN_TEXT in recipe.needs else None
         evicts = chunk_tokens is not None and recipe.reader is not None
         cache = KVCache(
             self.model.config,
@@ -186,6 +195,7 @@ class LanguageModel:
             prompt_tokens=len(tokens),
             evict_while_reading=evicts,
             model_hash=self.loaded.model_hash,
+            sentence_ends=ends,
         )
         started = time.perf_counter()
         self._prefill(cache, tokens, chunk_tokens or len(tokens), progress)
@@ -223,6 +233,7 @@ class LanguageModel:
                     if progress is not None:
                         reading = partial(progress, "reading")
                         cache.reading.on_layer = over_all_passes(reading, number, len(chunks))
+                    cache.announce(chunk.tolist())
                     self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         finally:
             cache.reading.on_layer = None
@@ -291,6 +302,7 @@ class Context:
             prefill_s=self.prefill_s,
             compress_s=self.compress_s,
             note=self.note,
+            kv_bytes_offloaded=self.cache.kv_bytes_offloaded,
         )
 
     def ask(
@@ -382,6 +394,7 @@ class Context:
             max_new_tokens=max_new_tokens,
             end_tokens=end_tokens,
             keep_logprobs=keep_logprobs,
+            announce=lambda ids: cache.announce([ids]),
         )
         return Answer(steps, cache)
 

@@ -27,6 +27,8 @@ class Need(Enum):
     """The keys, pre-RoPE."""
     HIDDEN_STATES = auto()
     """What goes into the attention module; shown by hooks that stand only while a prompt is read."""
+    TOKEN_TEXT = auto()
+    """Where sentences end, while the prompt is read and after."""
     REPLAY = auto()
     """The largest attention that each token receives while the model repeats the context."""
     ROPE = auto()
@@ -161,6 +163,17 @@ class KeptTokens:
     def lengths(self) -> tuple[int, ...]:
         """Tokens per KV head."""
         return tuple(len(k) for k in self.keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexItems:
+    """What an access method notes of some tokens of one KV head: a vector for each run of them.
+
+    vectors: `[items, W]`; lengths: `[items]` int32, tokens of each run, where that is not told by the page or is not one.
+    """
+
+    vectors: Tensor
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,10 @@ LAYERS, HEADS, DIM = 3, 2, 12
 RECIPES = [
     "full", "int8", "int4", "int2", "kivi(bits=4)", "kivi(bits=2)", "snapkv(window=8) @ 40", "snapkv(window=8) | adakv @ 40",
     "snapkv(window=8) | adakv | int4 @ 90", "keydiff | pyramidkv | kivi @ 60%", "kvzip | adakv | int8 @ 50%",
-    "quest(tokens=64, dense_layers=0)", "keydiff | int4 | quest @ 100", "expected_attention | int2 @ 120", "tova @ 50",
+    "quest(tokens=64, dense_layers=0)", "moba(blocks=2)",
+    "keydiff | adakv | double_sparsity(tokens=9) @ 100",
+    "keydiff | adakv | int4 | delta(tokens=64, full_layers='0') @ 100",
+    "keydiff | int4 | quest @ 100", "expected_attention | int2 @ 120", "tova @ 50",
     "h2o | adakv @ 30%", "streaming_llm @ 45", "tova @ 400",
 ]  # fmt: skip
 DENSE = {torch.float32: 4, torch.bfloat16: 2}
@@ -148,7 +151,9 @@ def test_formula_of_evicting_recipes(recipe: str, tokens: int, dtype: torch.dtyp
 
 BUDGETED = [
     "keydiff", "keydiff | adakv", "keydiff | pyramidkv", "keydiff | int8", "keydiff | adakv | int4", "keydiff | kivi",
-    "keydiff | pyramidkv | kivi(bits=4)", "keydiff | quest", "keydiff | adakv | quest", "keydiff | adakv | int4 | quest",
+    "keydiff | pyramidkv | kivi(bits=4)", "keydiff | quest", "keydiff | adakv | quest",
+    "keydiff | adakv | int8 | moba", "keydiff | adakv | double_sparsity",
+    "keydiff | delta(full_layers='0')", "keydiff | adakv | int4 | quest",
     "expected_attention(n_sink=1) | adakv | int2", "snapkv(window=1) | pyramidkv | int8", "tova",
     "h2o | adakv", "tova | pyramidkv",
     "streaming_llm(n_sink=1) | adakv",

@@ -411,15 +411,25 @@ def check_encoder(
 
 
 def check_access(access: Access) -> None:
-    """A step never reads more pages than there are, and always some."""
-    for held in (1, 63, 64, 65, 5000):
-        total = -(-held // PAGE_TOKENS)
-        assert 1 <= access.num_pages(held) <= total
-        assert not access.reads_all or access.num_pages(held) == total
-    low = torch.randn(2, 5, 8)
-    bounds = access.page_bounds(torch.randn(6, 8), low, low + 1)
-    assert bounds.shape == (2, 5)
-    assert bounds.dtype == torch.float32
+    """An index of any number of tokens has whole items, within the bytes it claims; nothing of the input is changed."""
+    for num_tokens in (0, 1, 63, 64, 65, 130):
+        keys, sentences = torch.randn(num_tokens, 8), torch.arange(num_tokens) // 5
+        fixed = access.fix([keys], 1, 4) if access.summarizes else None
+        assert fixed is None or fixed.shape[0] == 1
+        before = keys.clone()
+        items = access.summarize(keys, None if fixed is None else fixed[0], sentences)
+        assert torch.equal(keys, before)
+        assert items.vectors.ndim == 2
+        assert len(items.vectors) <= num_tokens
+        assert torch.isfinite(items.vectors).all()
+        assert bool(items.vectors.numel()) == (access.summarizes and num_tokens > 0)
+        if items.lengths is not None:
+            assert items.lengths.dtype == torch.int32
+            assert int(items.lengths.sum()) == num_tokens
+        per_token, once = access.index_bytes(8, 4)
+        held = [items.vectors, *(x for x in (items.lengths, fixed) if x is not None)]
+        assert sum(x.numel() * x.element_size() for x in held) <= per_token * num_tokens + once
+    assert not access.reads_all or access.reads_layer(1, 4)
 
 
 def tensors(bundle: LayerKV | Observation) -> list[Tensor]:

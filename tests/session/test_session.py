@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import steno
+from steno.calibration import save_calibration
 from steno.decode.sampler import Sampling
 from steno.errors import BadArgument, BudgetError, PromptError, RecipeError
 from tiny import TOKENS, save_with_bytes
@@ -254,7 +256,10 @@ def test_progress_only_goes_forward(load) -> None:
         assert steps == [(i + 1, total) for i in range(total)]
 
 
-@pytest.mark.parametrize("recipe", ["full", "int4", "snapkv(window=16) @ 60%", "tova @ 100", "quest(tokens=192)"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["full", "int4", "snapkv(window=16) @ 60%", "tova @ 100", "quest(tokens=192)", "sentencekv(tokens=100, sinks=4)"],
+)
 def test_following_its_own_answer_gives_the_same_log_probabilities(load: Callable[..., Any], recipe: str) -> None:
     ctx = load().read(DOCUMENT, recipe)
     steps = list(ctx.ask(QUESTION, max_new_tokens=70, answer_prefix=" It", keep_logprobs=True))
@@ -263,6 +268,39 @@ def test_following_its_own_answer_gives_the_same_log_probabilities(load: Callabl
     assert [token for step in followed for token in step.token_ids] == tokens
     own = [step.logprobs for step in steps if step.logprobs is not None]
     assert torch.equal(torch.cat([step.logprobs for step in followed]), torch.cat(own))
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        "quest(tokens=64, dense_layers=0)", "double_sparsity(tokens=60)", "sentencekv(tokens=100, sinks=8, offload=True)",
+        "delta(tokens=128, recent=64, full_layers='0')", "hylra(tokens=128, sinks=0, recent=64, weights='PLAN')",
+        "moba(blocks=3)",
+    ],
+    ids=lambda access: access.split("(")[0],
+)  # fmt: skip
+def test_access_methods_decode_on_behind_others(load: Callable[..., Any], tmp_path: Path, access: str) -> None:
+    save_calibration(tmp_path / "plan", {"source_layer": torch.tensor([-1.0, 1.0, 1.0])}, {})
+    lm = load()
+    recipe = f"snapkv(window=16) | adakv | int8 | {access.replace('PLAN', str(tmp_path / 'plan'))} @ 70%"
+    ctx = lm.read(DOCUMENT, recipe)
+    forced = lm.tokenize("So it goes. " * 30)[:256]
+    steps = ctx.follow_answer(forced, QUESTION)
+    made = [(token, step.logprobs) for step in steps for token in step.token_ids]
+    assert [token for token, _ in made] == forced
+    assert all(bool(torch.isfinite(logprobs).all()) for _, logprobs in made)
+    steps.cache.check_integrity()
+    assert (ctx.report().kv_bytes_offloaded > 0) == ("offload" in access)
+    assert ("not in memory" in str(ctx.report())) == ("offload" in access)
+
+
+def test_sentences_end_where_the_tokenizer_writes_their_signs(load: Callable[..., Any]) -> None:
+    lm = load()
+    ends = lm.sentence_ends
+    assert {lm.detokenize([i]) for i in ends} == {".", "!", "?"}
+    ctx = lm.read("One. Two! Three", "sentencekv")
+    text = ctx.cache.reading.shared.text.rows[0]
+    assert int(text[-1]) == 2 + sum(i in ends for i in ctx.tokens[: -len(lm.tokenize("One. Two! Three"))])
 
 
 def test_following_text_is_teacher_forcing(load: Callable[..., Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -29,10 +29,23 @@ def tensors_of(root: Any) -> Iterator[Tensor]:
             stack.extend(vars(item).values())
 
 
+def is_offloaded(x: Tensor) -> bool:
+    """Whether a tensor lies in a file, mapped into memory."""
+    return x.device.type == "cpu" and x.untyped_storage().filename is not None
+
+
 def held_bytes(root: Any) -> int:
-    """Sum over the distinct storages of all tensors reachable from `root`."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(root)}
-    return sum(storages.values())
+    """Sum over the distinct storages in memory of all tensors reachable from `root`."""
+    return _storage_bytes(x for x in tensors_of(root) if not is_offloaded(x))
+
+
+def offloaded_bytes(root: Any) -> int:
+    """The same over the storages that lie in files."""
+    return _storage_bytes(x for x in tensors_of(root) if is_offloaded(x))
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class Meter:

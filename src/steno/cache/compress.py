@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from steno.cache.access import Shared
 from steno.cache.observe import PromptObserver
 from steno.cache.paged import PagedRows
 from steno.cache.policy import LayerPolicy, Selection
@@ -28,11 +29,12 @@ def compress_rows(
     layer_idx: int,
     num_layers: int,
     replay_mass: Tensor | None,
+    shared: Shared,
     rope: Rope | None,
 ) -> PagedRows | SlotRows:
     """prompts: keys and values `[Hkv, S_b, D]` per row, observers: what was seen of them.
 
-    rope: of the layer, for policies that need it.
+    shared: of all layers of the cache. rope: of the layer, for policies that need it.
     """
     writer = SegmentWriter(policy=policy, layer_idx=layer_idx, num_layers=num_layers, rope=rope)
     rows: list[Row] = []
@@ -56,7 +58,7 @@ def compress_rows(
     if policy.evictor is not None:
         seen = [k.shape[1] for k, _ in prompts]
         return SlotRows(slots, seen, policy.evictor, prompts[0][0].shape[2])
-    return PagedRows(rows, Tail.of(tails, policy.residual_tokens), writer)
+    return PagedRows(rows, Tail.of(tails, policy.residual_tokens), writer, shared)
 
 
 @final
@@ -71,8 +73,11 @@ class LayerPrompt:
     rope: Rope | None
 
 
-def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: int) -> list[PagedRows]:
-    """The rows of each layer of a group, out of common tensors; a row with an empty prompt shares nothing."""
+def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: int, shared: Shared) -> list[PagedRows]:
+    """The rows of each layer of a group, out of common tensors; a row with an empty prompt shares nothing.
+
+    shared: of all layers of the cache.
+    """
     assert policy.sharer is not None
     writers = [
         SegmentWriter(policy=policy, layer_idx=layer.layer_idx, num_layers=num_layers, rope=layer.rope)
@@ -91,15 +96,15 @@ def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: i
             split = [writer.split_prompt(selection, seen) for writer, selection, seen in pairs]
         tokens = [full.tokens for _, full, _ in split if full is not None]
         if tokens:
-            shared = policy.sharer.share(tokens, writers[0])
-            for (row, _, _), segment in zip(split, shared, strict=True):
+            segments = policy.sharer.share(tokens, writers[0])
+            for (row, _, _), segment in zip(split, segments, strict=True):
                 row.segments.append(segment)
         for i, (row, _, tail) in enumerate(split):
             row.kept = split[0][0].kept  # one bitmap for all
             rows[i].append(row)
             tails[i].append(tail)
     parts = zip(rows, tails, writers, strict=True)
-    return [PagedRows(row, Tail.of(tail, policy.residual_tokens), writer) for row, tail, writer in parts]
+    return [PagedRows(row, Tail.of(tail, policy.residual_tokens), writer, shared) for row, tail, writer in parts]
 
 
 def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) -> tuple[LayerKV, Observation]:

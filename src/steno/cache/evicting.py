@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from steno.cache.access import Shared
 from steno.cache.compress import slot_row
 from steno.cache.observe import PromptObserver
 from steno.cache.paged import PagedRows
@@ -142,7 +143,7 @@ class EvictingPrompt:
             ),
         )
 
-    def compress(self) -> PagedRows | SlotRows:
+    def compress(self, shared: Shared) -> PagedRows | SlotRows:
         """What the recipe keeps of the complete prompt."""
         evictor = self.policy.evictor
         writer = SegmentWriter(policy=self.policy, layer_idx=self.layer_idx, num_layers=self.num_layers)
@@ -170,7 +171,7 @@ class EvictingPrompt:
             tails.append(tail)
         if evictor is not None:
             return SlotRows(slots, [held.seen for held in kept], evictor, kept[0].keys.shape[2])
-        return PagedRows(rows, Tail.of(tails, self.policy.residual_tokens), writer)
+        return PagedRows(rows, Tail.of(tails, self.policy.residual_tokens), writer, shared)
 
     def keep(self) -> None:
         """Nothing to do: what is held was copied when it was taken in."""

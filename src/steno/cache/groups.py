@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from steno.cache.policy import PageSelector
 from steno.cache.segment import Segment
 from steno.cache.transformed import HeadBasis, turn_outputs, turn_queries
 from steno.kernels.attention import Span, SpanTable, attend
-from steno.types import PAGE_TOKENS
 
 
 def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,43 +65,3 @@ class SpanGroup:
         """The queries `[R, H, T, Dk]` of this group's rows in its basis, from those of all, `[B, H, T, D]`."""
         mine = q if len(self.rows) == q.shape[0] else q[self.rows]
         return turn_queries(self.bases, mine, self.table.num_kv_heads)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The pages of one segment of one head: entry of a group's table, and the bounds of these pages."""
-
-    group: int
-    entry: int
-    scores: Tensor
-
-
-def select_pages(groups: Sequence[SpanGroup], q: Tensor, selector: PageSelector) -> list[SpanTable]:
-    """Tables that read only the pages whose bound is highest for queries `[B, H, 1, D]`; the tail is always read."""
-    num_heads = groups[0].table.num_kv_heads
-    runs: dict[tuple[int, int], list[_Run]] = {}
-    for g, group in enumerate(groups):
-        turned, entry = group.turned(q), 0
-        per_head = turned.unflatten(1, (num_heads, -1))[:, :, :, 0]  # [R, Hkv, G, Dk]
-        for i, b in enumerate(group.rows):
-            bounds = [segment.summaries for segment in group.segments[i]]
-            for h in range(num_heads):
-                entries = [(entry + j, *s[h]) for j, s in enumerate(bounds) if s is not None]
-                if entries:
-                    low, high = torch.cat([x for _, x, _ in entries]), torch.cat([x for _, _, x in entries])
-                    scores = selector.page_bounds(per_head[i, h], low[None], high[None])[0]
-                    parts = scores.split([len(x) for _, x, _ in entries])
-                    found = [_Run(g, e, part) for (e, _, _), part in zip(entries, parts, strict=True)]
-                    runs.setdefault((b, h), []).extend(found)
-                entry += len(bounds) + (group.table.tail is not None)
-    page_ids: list[dict[int, Tensor]] = [{} for _ in groups]
-    for found in runs.values():
-        scores = torch.cat([run.scores for run in found])
-        wanted = min(selector.num_pages(len(scores) * PAGE_TOKENS), len(scores))
-        best = torch.topk(scores, wanted).indices.sort().values
-        first = 0
-        for run in found:
-            last = first + len(run.scores)
-            page_ids[run.group][run.entry] = (best[(best >= first) & (best < last)] - first).to(torch.int32)
-            first = last
-    return [group.table.with_page_ids(ids) for group, ids in zip(groups, page_ids, strict=True)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from steno.cache.access import Shared
 from steno.cache.accounting import Meter, held_bytes
 from steno.cache.compress import LayerPrompt, compress_rows, share_rows
 from steno.cache.evicting import EvictingPrompt
@@ -27,18 +28,20 @@ FEW_TOKENS = 64
 
 @dataclass(kw_only=True)
 class Reading:
-    """What all layers of one cache share while the prompt is read. Mutable.
+    """What all layers of one cache share, most of it while the prompt is read. Mutable.
 
     prompt_tokens: length at which the prompt is complete; None: after the first forward pass. evict: whether the method
     evicts after every chunk of it. replay: set while the
     context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
-    on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays.
+    on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays. shared: what counts
+    longer than the reading.
     """
 
     prompt_tokens: int | None = None
     evict: bool = False
     replay: ReplayObserver | None = None
     on_layer: Callable[[int, int], None] | None = None
+    shared: Shared = field(default_factory=Shared)
 
 
 class LayerCache(CacheLayerMixin):
@@ -165,7 +168,7 @@ class LayerCache(CacheLayerMixin):
         if self._prompt is not None:
             self._prompt.select(rows)
         if self.content is not None:
-            self.content = self.content.select(rows)
+            self.content = _select_rows(self.content, rows, self.reading.shared)
 
     @torch.inference_mode(False)
     def fork(self, reading: Reading, meter: Meter) -> LayerCache:
@@ -183,7 +186,7 @@ class LayerCache(CacheLayerMixin):
         layer.seen, layer.row_seen, layer.is_initialized = self.seen, list(self.row_seen), self.is_initialized
         layer.token_bytes = self.token_bytes
         if self.content is not None:
-            layer.content = self.content.select(list(range(len(self.row_seen))))
+            layer.content = _select_rows(self.content, list(range(len(self.row_seen))), reading.shared)
         layer.measure()
         return layer
 
@@ -213,6 +216,8 @@ class LayerCache(CacheLayerMixin):
         (k, v), self._pending = self._pending, None
         hidden, self._hidden = self._hidden, None
         new = NewTokens(q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks, hidden=hidden)
+        if Need.TOKEN_TEXT in self.policy.needs and self.reading.replay is None:
+            self._check_text(new)
         if self.reading.replay is not None:
             out = self._replay(self.reading.replay, new)
         elif self.content is None:
@@ -223,6 +228,16 @@ class LayerCache(CacheLayerMixin):
         if self.reading.on_layer is not None:
             self.reading.on_layer(self.layer_idx + 1, self.num_layers)
         return out
+
+    def _check_text(self, new: NewTokens) -> None:
+        text = self.reading.shared.text
+        expected = [a + b for a, b in zip(self.row_seen or [0] * len(new.q), new.row_counts, strict=True)]
+        if text is None or [len(row) for row in text.rows] != expected:
+            raise CacheError(
+                "this recipe must know where sentences end, and generate() alone does not tell a cache its tokens: read with "
+                "steno.load(...).read(text, recipe=...), or give KVCache `sentence_ends` and call "
+                "cache.announce(token_ids) before every forward pass."
+            )
 
     def _advance(self, new: NewTokens) -> None:
         self.seen += new.num_new
@@ -280,10 +295,10 @@ class LayerCache(CacheLayerMixin):
             return torch.cat(outs, dim=2)
         if new.num_new > FEW_TOKENS:
             return content.extend(new)
-        selector = self.policy.selector
-        if selector is not None and self.layer_idx < selector.dense_layers:
-            selector = None
-        return new.with_sinks(*content.step(new, selector))
+        out = new.with_sinks(*content.step(new))
+        if self.layer_idx + 1 == self.num_layers:
+            self.reading.shared.end_step()
+        return out
 
     # the end of the prompt
 
@@ -299,7 +314,7 @@ class LayerCache(CacheLayerMixin):
             return
         prompt, self._prompt = self._prompt, None
         if isinstance(prompt, EvictingPrompt):
-            self.content = prompt.compress()
+            self.content = prompt.compress(self.reading.shared)
         else:
             self.content = compress_rows(
                 prompt.rows,
@@ -308,6 +323,7 @@ class LayerCache(CacheLayerMixin):
                 layer_idx=self.layer_idx,
                 num_layers=self.num_layers,
                 replay_mass=replay_mass,
+                shared=self.reading.shared,
                 rope=prompt.rope,
             )
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
@@ -335,7 +351,7 @@ class LayerCache(CacheLayerMixin):
                 )
             )
             layer._replay_mass = None
-        contents = share_rows(parts, self.policy, self.num_layers)
+        contents = share_rows(parts, self.policy, self.num_layers, self.reading.shared)
         for layer, content in zip(self.group, contents, strict=True):
             layer.content = content
         self.measure()
@@ -371,3 +387,8 @@ class LayerCache(CacheLayerMixin):
         """Raises IntegrityError if an invariant does not hold. For tests, and for production when in doubt."""
         if self.content is not None:
             self.content.check_integrity(self.row_seen)
+
+
+def _select_rows(content: PagedRows | SlotRows, rows: list[int], shared: Shared) -> PagedRows | SlotRows:
+    """The given rows in that order, for a cache whose layers share `shared`."""
+    return content.select(rows, shared) if isinstance(content, PagedRows) else content.select(rows)

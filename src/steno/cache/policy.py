@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from steno.types import KeptTokens, LayerKV, Need, Observation, PageFormat
+from steno.types import IndexItems, KeptTokens, LayerKV, Need, Observation, PageFormat
 
 if TYPE_CHECKING:
+    from steno.cache.access import AccessStep, Choice
     from steno.cache.segment import Segment
     from steno.cache.transformed import Basis
 
@@ -36,15 +37,25 @@ class Reader(Protocol):
     ) -> Tensor: ...
 
 
-class PageSelector(Protocol):
-    """An access method that reads only some pages in a decode step."""
+class Selector(Protocol):
+    """An access method that reads only a part in a decode step; `methods/interfaces.py` says what each function is."""
 
     @property
-    def dense_layers(self) -> int: ...
+    def needs(self) -> frozenset[Need]: ...
 
-    def num_pages(self, held_tokens: int) -> int: ...
+    @property
+    def summarizes(self) -> bool: ...
 
-    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor: ...
+    @property
+    def offload(self) -> bool: ...
+
+    def reads_layer(self, layer_idx: int, num_layers: int) -> bool: ...
+
+    def fix(self, keys: Sequence[Tensor], layer_idx: int, num_layers: int) -> Tensor | None: ...
+
+    def summarize(self, keys: Tensor, fixed: Tensor | None, sentences: Tensor | None) -> IndexItems: ...
+
+    def choose(self, step: AccessStep) -> Choice | None: ...
 
 
 class SegmentEncoder(Protocol):
@@ -157,7 +168,7 @@ class LayerPolicy(Protocol):
     def reader(self) -> Reader | None: ...
 
     @property
-    def selector(self) -> PageSelector | None: ...
+    def selector(self) -> Selector | None: ...
 
     def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
         """Tokens per KV head on average that this sequence may keep."""

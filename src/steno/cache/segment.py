@@ -42,17 +42,12 @@ class Segment(ABC):
 
     @property
     def bases(self) -> tuple[HeadBasis, ...]:
-        """The bases in which spans and summaries lie, the first applied first; none: they are plain."""
+        """The bases in which spans lie, the first applied first; none: they are plain."""
         return ()
 
     @property
     def log_counts(self) -> list[Tensor] | None:
         """Per head what is added to the logits, `[n_h]` fp32: the log of how many tokens each entry stands for."""
-        return None
-
-    @property
-    def summaries(self) -> list[HeadKV] | None:
-        """Per head the smallest and largest key of each page, `[P_h, D]` each; None if the recipe needs none."""
         return None
 
     def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
@@ -111,19 +106,6 @@ def owned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def page_summaries(keys: Tensor) -> HeadKV:
-    """Smallest and largest key of each page of 64 tokens: keys `[n, D]` to two `[ceil(n/64), D]`."""
-    n, dim = keys.shape
-    full = n // PAGE_TOKENS
-    pages = keys[: full * PAGE_TOKENS].reshape(full, PAGE_TOKENS, dim)
-    low, high = [pages.amin(1)], [pages.amax(1)]  # [P, D]
-    if n % PAGE_TOKENS:
-        rest = keys[full * PAGE_TOKENS :]
-        low.append(rest.amin(0, keepdim=True))
-        high.append(rest.amax(0, keepdim=True))
-    return torch.cat(low), torch.cat(high)
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class DenseSegment(Segment):
@@ -136,30 +118,25 @@ class DenseSegment(Segment):
     values: Tensor
     offsets: tuple[int, ...]
     counts: Tensor | None = None
-    page_bounds: tuple[HeadKV, ...] | None = None
 
     @classmethod
-    def of(
-        cls, heads: Sequence[HeadKV], *, log_counts: Sequence[Tensor] | None = None, summarize: bool = False
-    ) -> DenseSegment:
+    def of(cls, heads: Sequence[HeadKV], *, log_counts: Sequence[Tensor] | None = None) -> DenseSegment:
         """From keys and values `[n_h, D]`, and log counts `[n_h]`, per head."""
         return cls(
             keys=owned(torch.cat([k for k, _ in heads])),
             values=owned(torch.cat([v for _, v in heads])),
             offsets=_offsets([k.shape[0] for k, _ in heads]),
             counts=_cat_counts(log_counts),
-            page_bounds=tuple(page_summaries(k) for k, _ in heads) if summarize else None,
         )
 
     @classmethod
-    def uniform(cls, keys: Tensor, values: Tensor, *, summarize: bool = False) -> DenseSegment:
+    def uniform(cls, keys: Tensor, values: Tensor) -> DenseSegment:
         """From keys and values `[Hkv, S, D]`; takes them over without a copy where it can."""
         num_heads, n, dim = keys.shape
         return cls(
             keys=owned(keys.reshape(num_heads * n, dim)),
             values=owned(values.reshape(num_heads * n, dim)),
             offsets=tuple(range(0, num_heads * n + 1, n)) if n else (0,) * (num_heads + 1),
-            page_bounds=tuple(page_summaries(k) for k in keys) if summarize else None,
         )
 
     @property
@@ -190,24 +167,18 @@ class DenseSegment(Segment):
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         heads = [(k[:n], v[:n]) for (k, v), n in zip(self._heads(), lengths, strict=True)]
         counts = _cut(self.log_counts, lengths)
-        return (
-            [DenseSegment.of(heads, log_counts=counts, summarize=self.page_bounds is not None)] if any(lengths) else []
-        )
+        return [DenseSegment.of(heads, log_counts=counts)] if any(lengths) else []
 
     def joined(self, later: Segment) -> Segment | None:
         if not isinstance(later, DenseSegment) or self.keys.dtype != later.keys.dtype:
             return None
         if self.counts is not None or later.counts is not None:
             return None  # few segments have counts, and they are not to spread
-        if any(n % PAGE_TOKENS for n in self.lengths) and self.page_bounds is not None:
+        if any(n % PAGE_TOKENS for n in self.lengths):
             return None  # pages of the later one would no longer start at a multiple of 64
         pairs = zip(self._heads(), later._heads(), strict=True)
         heads = [(torch.cat([ka, kb]), torch.cat([va, vb])) for (ka, va), (kb, vb) in pairs]
-        return DenseSegment.of(heads, summarize=self.page_bounds is not None)
-
-    @property
-    def summaries(self) -> list[HeadKV] | None:
-        return list(self.page_bounds) if self.page_bounds is not None else None
+        return DenseSegment.of(heads)
 
 
 @final
@@ -221,7 +192,6 @@ class PagedSegment(Segment):
     pages: Pages
     offsets: tuple[int, ...]
     counts: Tensor | None = None
-    page_bounds: tuple[HeadKV, ...] | None = None
 
     @classmethod
     def encode(
@@ -230,7 +200,6 @@ class PagedSegment(Segment):
         fmt: PageFormat,
         *,
         log_counts: Sequence[Tensor] | None = None,
-        summarize: bool = False,
     ) -> PagedSegment:
         """From keys and values `[n_h, D]`, and log counts `[n_h]`, per head; every n_h is a multiple of 64."""
         dim = heads[0][0].shape[1]
@@ -240,13 +209,10 @@ class PagedSegment(Segment):
             pages=encode_pages(keys, values, fmt),
             offsets=_offsets([k.shape[0] // PAGE_TOKENS for k, _ in heads]),
             counts=_cat_counts(log_counts),
-            page_bounds=tuple(page_summaries(k) for k, _ in heads) if summarize else None,
         )
 
     @classmethod
-    def encode_rows(
-        cls, keys: Tensor, values: Tensor, fmt: PageFormat, *, summarize: bool = False
-    ) -> list[PagedSegment]:
+    def encode_rows(cls, keys: Tensor, values: Tensor, fmt: PageFormat) -> list[PagedSegment]:
         """A segment for each row of keys and values `[R, Hkv, n, D]`, n a multiple of 64, encoded from where they lie."""
         num_rows, num_heads, n = keys.shape[0], keys.shape[1], keys.shape[2] // PAGE_TOKENS
         pages = encode_pages(keys.unflatten(2, (n, PAGE_TOKENS)), values.unflatten(2, (n, PAGE_TOKENS)), fmt)
@@ -254,7 +220,6 @@ class PagedSegment(Segment):
             cls(
                 pages=pages[b * num_heads * n : (b + 1) * num_heads * n],
                 offsets=_offsets([n] * num_heads),
-                page_bounds=tuple(page_summaries(k) for k in keys[b]) if summarize else None,
             )
             for b in range(num_rows)
         ]
@@ -291,20 +256,17 @@ class PagedSegment(Segment):
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         whole = [n // PAGE_TOKENS for n in lengths]
-        summarize, counts = self.page_bounds is not None, self.log_counts
+        counts = self.log_counts
         segments: list[Segment] = []
         if any(whole):
-            bounds = None
-            if self.page_bounds is not None:
-                bounds = tuple((low[:n], high[:n]) for (low, high), n in zip(self.page_bounds, whole, strict=True))
             pages = cat_pages([pages[:n] for pages, n in zip(self._heads(), whole, strict=True)])
             kept = _cat_counts(_cut(counts, [n * PAGE_TOKENS for n in whole]))
-            segments.append(PagedSegment(pages=pages, offsets=_offsets(whole), counts=kept, page_bounds=bounds))
+            segments.append(PagedSegment(pages=pages, offsets=_offsets(whole), counts=kept))
         slices = [slice(p * PAGE_TOKENS, n) for p, n in zip(whole, lengths, strict=True)]
         rest = [(k[part], v[part]) for (k, v), part in zip(self.decode(dtype), slices, strict=True)]
         if any(len(k) for k, _ in rest):
             left = None if counts is None else [c[part] for c, part in zip(counts, slices, strict=True)]
-            segments.append(DenseSegment.of(rest, log_counts=left, summarize=summarize))
+            segments.append(DenseSegment.of(rest, log_counts=left))
         return segments
 
     def joined(self, later: Segment) -> Segment | None:
@@ -314,12 +276,4 @@ class PagedSegment(Segment):
             return None
         parts = [page for pair in zip(self._heads(), later._heads(), strict=True) for page in pair]
         lengths = [(a + b) // PAGE_TOKENS for a, b in zip(self.lengths, later.lengths, strict=True)]
-        bounds = None
-        if self.page_bounds is not None and later.page_bounds is not None:
-            pairs = zip(self.page_bounds, later.page_bounds, strict=True)
-            bounds = tuple((torch.cat([la, lb]), torch.cat([ha, hb])) for (la, ha), (lb, hb) in pairs)
-        return PagedSegment(pages=cat_pages(parts), offsets=_offsets(lengths), page_bounds=bounds)
-
-    @property
-    def summaries(self) -> list[HeadKV] | None:
-        return list(self.page_bounds) if self.page_bounds is not None else None
+        return PagedSegment(pages=cat_pages(parts), offsets=_offsets(lengths))

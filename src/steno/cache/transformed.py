@@ -88,7 +88,7 @@ def turn_outputs(bases: Sequence[HeadBasis], out: Tensor, num_kv_heads: int) -> 
 @final
 @dataclass(frozen=True, kw_only=True)
 class TransformedSegment(Segment):
-    """Tokens held by `inner` in `basis`. Its spans and summaries are in that basis."""
+    """Tokens held by `inner` in `basis`. Its spans are in that basis."""
 
     inner: Segment
     basis: HeadBasis
@@ -104,10 +104,6 @@ class TransformedSegment(Segment):
     @property
     def log_counts(self) -> list[Tensor] | None:
         return self.inner.log_counts
-
-    @property
-    def summaries(self) -> list[HeadKV] | None:
-        return self.inner.summaries
 
     def spans(self) -> list[Span] | None:
         return self.inner.spans()

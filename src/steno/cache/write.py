@@ -29,11 +29,6 @@ class SegmentWriter:
     rope: Rope | None = None
 
     @property
-    def summarize(self) -> bool:
-        """Whether segments carry the key bounds that page selection reads."""
-        return self.policy.selector is not None
-
-    @property
     def needs_positions(self) -> bool:
         """Whether `write_tail` must be told the true positions."""
         return self.policy.encoder is not None or bool(self.policy.transforms)
@@ -87,7 +82,7 @@ class SegmentWriter:
             return row, None, (keys, values)
         if first:
             heads = [(k[:first], v[:first]) for k, v in zip(keys, values, strict=True)]
-            row.segments.append(DenseSegment.of(heads, summarize=self.summarize))
+            row.segments.append(DenseSegment.of(heads))
         end = first + full
         part = _part(tokens, [slice(first, end)] * kv.num_kv_heads)
         stacked = Full(tokens=part, stacked_keys=keys[:, first:end], stacked_values=values[:, first:end])
@@ -164,7 +159,7 @@ class SegmentWriter:
         for part, at in zip(plain, (0, len(segments) + 1), strict=True):
             if any(part.lengths):
                 heads = list(zip(part.keys, part.values, strict=True))
-                segments.insert(at, DenseSegment.of(heads, log_counts=part.log_counts, summarize=self.summarize))
+                segments.insert(at, DenseSegment.of(heads, log_counts=part.log_counts))
         return bases, segments
 
     def _write(self, tokens: KeptTokens, bases: Sequence[Basis]) -> Segment:
@@ -194,10 +189,10 @@ class SegmentWriter:
             return segment
         heads = list(zip(tokens.keys, tokens.values, strict=True))
         if fmt is None:
-            return DenseSegment.of(heads, log_counts=tokens.log_counts, summarize=self.summarize)
+            return DenseSegment.of(heads, log_counts=tokens.log_counts)
         if widths[0] != widths[1]:
             return UnequalPagedSegment.encode(heads, fmt, log_counts=tokens.log_counts)
-        return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts, summarize=self.summarize)
+        return PagedSegment.encode(heads, fmt, log_counts=tokens.log_counts)
 
     # tokens side by side
 
@@ -218,8 +213,8 @@ class SegmentWriter:
 
     def _plain_segments(self, keys: Tensor, values: Tensor) -> Sequence[Segment]:
         if self.policy.page_format is not None:
-            return PagedSegment.encode_rows(keys, values, self.policy.page_format, summarize=self.summarize)
-        return [DenseSegment.uniform(k, v, summarize=self.summarize) for k, v in zip(keys, values, strict=True)]
+            return PagedSegment.encode_rows(keys, values, self.policy.page_format)
+        return [DenseSegment.uniform(k, v) for k, v in zip(keys, values, strict=True)]
 
 
 @final

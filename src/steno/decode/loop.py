@@ -49,11 +49,13 @@ def decode_steps(
     end_tokens: frozenset[int] = frozenset(),
     proposer: Proposer = propose_nothing,
     keep_logprobs: bool = False,
+    announce: Callable[[list[int]], None] | None = None,
 ) -> Iterator[Step]:
     """Decodes after `new_tokens`, which enter the cache with the first pass. Mutates the cache.
 
     A draft token is accepted where the sampler draws the same token, so the result is that of plain decoding whatever the
-    proposer is. An end token is committed and ends the loop. Closing the generator leaves the cache consistent.
+    proposer is. An end token is committed and ends the loop. Closing the generator leaves the cache consistent. announce:
+    called with the tokens of each pass before it.
     """
     tokens = list(history) + list(new_tokens)
     if not new_tokens:
@@ -62,6 +64,8 @@ def decode_steps(
     drafting = proposer is not propose_nothing
     made = nfe = 0
     while made < max_new_tokens:
+        if announce is not None:
+            announce(pending + drafts)
         inputs = torch.tensor([pending + drafts], dtype=torch.long, device=model.device)
         with torch.inference_mode():
             logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=len(drafts) + 1).logits[

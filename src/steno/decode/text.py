@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from steno.decode.loop import Step
 
@@ -49,3 +50,14 @@ def _ready(text: str, stop: Sequence[str]) -> int:
                 held = n
                 break
     return len(text) - held
+
+
+def sentence_ends(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a sentence: whose text ends, quotes and brackets aside, in `. ! ? 。 ！ ？`, or holds a blank line."""
+    ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return frozenset(i for i, text in zip(ids, texts, strict=True) if _ends_sentence(text))
+
+
+def _ends_sentence(text: str) -> bool:
+    return "\n\n" in text or text.rstrip().rstrip("\"'”’»)]").endswith((".", "!", "?", "。", "！", "？"))

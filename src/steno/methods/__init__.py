@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from steno.methods.access.all import All
+from steno.methods.access.delta import DELTA
+from steno.methods.access.double_sparsity import DoubleSparsity
+from steno.methods.access.hylra import HyLRA
+from steno.methods.access.moba import MoBA
 from steno.methods.access.quest import Quest
+from steno.methods.access.sentencekv import SentenceKV
 from steno.methods.allocate.adakv import AdaKV
 from steno.methods.allocate.ems_heads import EMSHeads
 from steno.methods.allocate.prefixkv import PrefixKV
@@ -71,7 +76,9 @@ TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, Rota
 QUANTIZERS: dict[str, type[Quantizer]] = {
     cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache, KVQuant)
 }
-ACCESSORS: dict[str, type[Access]] = {cls.id: cls for cls in (All, Quest)}
+ACCESSORS: dict[str, type[Access]] = {
+    cls.id: cls for cls in (All, Quest, DoubleSparsity, SentenceKV, DELTA, HyLRA, MoBA)
+}
 READERS: dict[str, type[Reader]] = {cls.id: cls for cls in (StreamingLLM, KeyDiff, Locret, TrimKV)}
 METHODS: dict[str, type[Method]] = {
     **SCORERS,
@@ -87,6 +94,7 @@ __all__ = [
     "ACCESSORS",
     "ALLOCATORS",
     "CSKV",
+    "DELTA",
     "FP8",
     "GEAR",
     "H2O",
@@ -108,12 +116,14 @@ __all__ = [
     "AdaKV",
     "All",
     "Allocator",
+    "DoubleSparsity",
     "EMSHeads",
     "Encoder",
     "Evict",
     "Evictor",
     "ExpectedAttention",
     "Hadamard",
+    "HyLRA",
     "Int2",
     "Int4",
     "Int8",
@@ -125,6 +135,7 @@ __all__ = [
     "Merger",
     "Method",
     "MiniCache",
+    "MoBA",
     "Palu",
     "PrefixKV",
     "PyramidKV",
@@ -134,6 +145,7 @@ __all__ = [
     "Reader",
     "RotateKV",
     "Scorer",
+    "SentenceKV",
     "Sharer",
     "SnapKV",
     "StreamingLLM",

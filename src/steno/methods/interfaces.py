@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
 from steno.cache.policy import SegmentEncoder, Store
 from steno.cache.segment import Segment
 from steno.cache.transformed import Basis
-from steno.types import KeptTokens, LayerKV, Merged, Need, Observation, PageFormat
+from steno.types import IndexItems, KeptTokens, LayerKV, Merged, Need, Observation, PageFormat
+
+if TYPE_CHECKING:
+    from steno.cache.access import AccessStep, Choice
 
 
 class Method(Protocol):
@@ -166,16 +169,31 @@ class Encoder(Quantizer, SegmentEncoder, Protocol):
 
 
 class Access(Method, Protocol):
-    """Which pages a decode step reads."""
+    """What a decode step of one token per row reads of the segments; the tail is always read, and several tokens read all."""
 
     reads_all: ClassVar[bool]
+    """Whether every step of every layer reads everything; nothing below is asked then."""
+    summarizes: ClassVar[bool]
+    """Whether the cache keeps an index of the segments, made by `summarize`."""
 
     @property
-    def dense_layers(self) -> int:
-        """How many first layers read every page."""
+    def offload(self) -> bool:
+        """Whether the segments of layers that read only a part lie in a file instead of in memory."""
 
-    def num_pages(self, held_tokens: int) -> int:
-        """How many pages per KV head a step reads when `held_tokens` are held."""
+    def reads_layer(self, layer_idx: int, num_layers: int) -> bool:
+        """Whether a layer reads everything, and has nothing to tell others."""
 
-    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
-        """Rank of each page `[Hkv, P]` fp32 from queries `[H, D]` and per-page key minima and maxima `[Hkv, P, D]`."""
+    def fix(self, keys: Sequence[Tensor], layer_idx: int, num_layers: int) -> Tensor | None:
+        """What is fixed once for each head when the prompt of a row is complete: `[Hkv, F]` from its keys `[n_h, D]`, or None."""
+
+    def summarize(self, keys: Tensor, fixed: Tensor | None, sentences: Tensor | None) -> IndexItems:
+        """What the index holds of keys `[n, D]` of one head of one segment, n >= 0; pages begin anew with every segment.
+
+        fixed: `[F]`, of the head. sentences: `[n]`, to which sentence each token belongs; given with `Need.TOKEN_TEXT`.
+        """
+
+    def choose(self, step: AccessStep) -> Choice | None:
+        """What this step reads of the segments; None: everything."""
+
+    def index_bytes(self, head_dim: int, number_bytes: int) -> tuple[int, int]:
+        """The most bytes of what is held beside the tokens of one head: for each token, and once."""

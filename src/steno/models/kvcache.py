@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from steno.cache.accounting import Meter, held_bytes
+from steno.cache.accounting import Meter, held_bytes, offloaded_bytes
 from steno.cache.layer import LayerCache, Reading
 from steno.cache.prompt import ReplayObserver
+from steno.cache.text import TokenText
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
 from steno.models.learned import find_weights
@@ -42,6 +44,9 @@ class KVCache(Cache):
     model_hash : str or None
         `steno.models.identity.model_hash` of the model, under which methods find what they learned of it; None: such
         methods must name their file.
+    sentence_ends : frozenset of int or None
+        Token ids that end a sentence (`steno.decode.text.sentence_ends`), for recipes that must know; then every forward
+        pass must be announced.
 
     Raises
     ------
@@ -61,6 +66,7 @@ class KVCache(Cache):
         prompt_tokens: int | None = None,
         evict_while_reading: bool = False,
         model_hash: str | None = None,
+        sentence_ends: frozenset[int] | None = None,
     ) -> None:
         if prompt_tokens is not None and prompt_tokens < 1:
             raise BadArgument(f"`prompt_tokens` must be >= 1; got prompt_tokens={prompt_tokens}.")
@@ -71,6 +77,8 @@ class KVCache(Cache):
             if prompt_tokens is None:
                 raise BadArgument("`evict_while_reading` needs `prompt_tokens`, the length of the whole prompt.")
         self.reading = Reading(prompt_tokens=prompt_tokens, evict=evict_while_reading)
+        if sentence_ends is not None and Need.TOKEN_TEXT in self.recipe.needs:
+            self.reading.shared.text = TokenText(sentence_ends)
         self.meter = Meter()
         self.config = config.get_text_config(decoder=True)
         super().__init__(layers=self._build_layers())
@@ -135,6 +143,7 @@ class KVCache(Cache):
             evict_while_reading=self.reading.evict,
             model_hash=self.model_hash,
         )
+        twin.reading.shared = self.reading.shared.fork()
         twin.layers = [
             layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
             for layer in self.layers
@@ -178,6 +187,30 @@ class KVCache(Cache):
                 layer.check_crop(-tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, LayerCache)):  # ours were checked
             layer.crop(tokens_to_remove)
+        if self.reading.shared.text is not None:
+            self.reading.shared.text.crop(-tokens_to_remove)
+
+    def announce(self, rows: Sequence[Sequence[int]]) -> None:
+        """Tells the cache the tokens of the next forward pass, row by row and without padding, where its recipe asks for them."""
+        if self.reading.shared.text is not None:
+            self.reading.shared.text.announce(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_text(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        text = self.reading.shared.text
+        self._select_text([b for b in range(len(text.rows) if text else 0) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_text((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
+
+    def _select_text(self, rows: list[int]) -> None:
+        if self.reading.shared.text is not None:
+            self.reading.shared.text.select(rows)
 
     def compress(self, replay_mass: list[Tensor] | None = None) -> None:
         """Ends the reading of the prompt now, layer by layer. replay_mass: `[Hkv, S]` per layer, for methods that replay."""
@@ -193,6 +226,11 @@ class KVCache(Cache):
         for layer in self.own_layers:
             layer.measure()
         return held_bytes(list(self.layers))
+
+    @property
+    def kv_bytes_offloaded(self) -> int:
+        """Bytes that lie in files instead of in memory; no part of `kv_bytes`."""
+        return offloaded_bytes(list(self.layers))
 
     @property
     def kv_bytes_peak(self) -> int:

@@ -186,29 +186,31 @@ class SpanTable:
         return table
 
     def with_tokens(self, keys: Tensor, values: Tensor, log_counts: Tensor | None, counts: Tensor) -> SpanTable:
-        """A table whose heads read only some tokens, dense, and then their tail.
+        """A table whose heads read only some tokens, dense, and then their tail, if the table has one.
 
         Parameters
         ----------
         keys, values: `[m, D]`, contiguous, those of one head of one row behind those of the head before.
         log_counts: `[m]` fp32 or None. counts: int64 `[B * Hkv]` on the CPU, how many of them each head reads.
         """
-        if self.tail is None or counts.shape != self.tail_entries.shape or int(counts.sum()) != len(keys):
-            raise BadArgument(
-                f"tokens for {[*self.tail_entries.shape]} heads with a tail must be {len(keys)}; got {counts}."
-            )
-        ends = counts.cumsum(0)
+        num_heads = self.num_rows * self.num_kv_heads
+        if counts.shape != (num_heads,) or int(counts.sum()) != len(keys):
+            raise BadArgument(f"the counts of {num_heads} heads must add up to the {len(keys)} tokens; got {counts}.")
+        spans, ends = 2 if self.tail is not None else 1, counts.cumsum(0)
         table = copy(self)
         table.rows = _TokenRows(self, keys, values, log_counts, ends.tolist())
-        table.entries = self.entries[self.tail_entries].repeat_interleave(2, dim=0)
-        chosen, first = table.entries[::2], ends - counts
+        table.entries = torch.zeros(num_heads * spans, len(Column), dtype=torch.int64)
+        if self.tail is not None:
+            table.entries[1::2] = self.entries[self.tail_entries]
+        chosen, first = table.entries[::spans], ends - counts
         for column, x in ((Column.KEYS, keys), (Column.VALUES, values), (Column.LOG_COUNTS, log_counts)):
             if x is not None:
                 chosen[:, column] = x.data_ptr() + first * x.stride(0) * x.element_size()
         chosen[:, Column.FORMAT] = DENSE_DTYPES.index(keys.dtype)
         chosen[:, Column.TOKENS] = counts
-        table.offsets = torch.arange(0, 2 * len(counts) + 1, 2, dtype=torch.int32)
-        table.tail_entries = torch.arange(1, 2 * len(counts), 2)
+        chosen[:, Column.NUM_PAGE_IDS] = -1
+        table.offsets = torch.arange(0, spans * num_heads + 1, spans, dtype=torch.int32)
+        table.tail_entries = table.offsets[1:].long() - 1
         table.page_ids, table.plan, table.has_codebooks = {}, None, False
         return table
 
@@ -242,7 +244,7 @@ class _TokenRows(Sequence[list[list[Span]]]):
         if isinstance(b, slice):
             return [self[i] for i in range(len(self))[b]]
         first, row = range(len(self))[b] * self.table.num_kv_heads, self.table.rows[b]
-        return [[self._span(first + h), spans[-1]] for h, spans in enumerate(row)]
+        return [[self._span(first + h), *(spans[-1:] if self.table.tail else [])] for h, spans in enumerate(row)]
 
     def _span(self, head: int) -> DenseSpan:
         part = slice(self.ends[head], self.ends[head + 1])

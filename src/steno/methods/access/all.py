@@ -7,12 +7,14 @@ Cost: none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
 
-from steno.types import PAGE_TOKENS, Need
+from steno.cache.access import AccessStep
+from steno.types import IndexItems, Need
 
 
 @final
@@ -32,14 +34,21 @@ class All:
     differs: ClassVar[str] = "Nothing to differ from."
     reads_all: ClassVar[bool] = True
 
-    @property
-    def dense_layers(self) -> int:
-        return 0
+    summarizes: ClassVar[bool] = False
+    offload: ClassVar[bool] = False
 
-    def num_pages(self, held_tokens: int) -> int:
-        """All pages that `held_tokens` fill, the last one begun."""
-        return -(-held_tokens // PAGE_TOKENS)
+    def reads_layer(self, layer_idx: int, num_layers: int) -> bool:
+        return True
 
-    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
-        """Zeros `[Hkv, P]`: no page is better than another."""
-        return key_min.new_zeros(key_min.shape[:2]).float()
+    def fix(self, keys: Sequence[Tensor], layer_idx: int, num_layers: int) -> None:
+        return None
+
+    def summarize(self, keys: Tensor, fixed: Tensor | None, sentences: Tensor | None) -> IndexItems:
+        """Nothing: `[0, 0]`."""
+        return IndexItems(vectors=keys[:0, :0])
+
+    def choose(self, step: AccessStep) -> None:
+        return None
+
+    def index_bytes(self, head_dim: int, number_bytes: int) -> tuple[int, int]:
+        return 0, 0

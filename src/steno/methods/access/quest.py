@@ -3,19 +3,23 @@
 Source: Tang, Zhao, Zhu, Xiao, Kasikci, Han, 2024, https://arxiv.org/abs/2406.10774, section 3; the authors'
     evaluation code.
 Differs: a page holds 64 tokens, the paper's 16; pages are chosen per KV head by the largest bound of its query
-    heads, the paper chooses per query head.
+    heads, the paper chooses per query head; the newest tokens, which are no page yet, are always read beside.
 Cost: 4*H*P*D FLOPs per step; two keys per page held beside the pages. Saves reads, not memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
+from steno.cache.access import AccessStep, Choice, best
+from steno.methods.access.pages import whole_pages
 from steno.methods.checks import require_int
-from steno.types import PAGE_TOKENS, Need
+from steno.types import PAGE_TOKENS, IndexItems, Need
 
 
 @final
@@ -49,9 +53,11 @@ class Quest:
     frees_memory: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "A page holds 64 tokens, the paper's 16; pages are chosen per KV head by the largest bound of its query heads, "
-        "the paper chooses per query head."
+        "the paper chooses per query head; the newest tokens, which are no page yet, are always read beside."
     )
     reads_all: ClassVar[bool] = False
+    summarizes: ClassVar[bool] = True
+    offload: ClassVar[bool] = False
 
     tokens: int = 1024
     dense_layers: int = 2
@@ -62,16 +68,28 @@ class Quest:
         require_int("dense_layers", self.dense_layers, 0)
         require_int("min_pages", self.min_pages, 1)
 
-    def num_pages(self, held_tokens: int) -> int:
-        """Pages per KV head that a step reads when `held_tokens` are held."""
-        return min(max(self.min_pages, self.tokens // PAGE_TOKENS), -(-held_tokens // PAGE_TOKENS))
+    def reads_layer(self, layer_idx: int, num_layers: int) -> bool:
+        return layer_idx < self.dense_layers
 
-    def bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
-        """Bounds `[P]` of one KV head: queries `[G, D]`, minima and maxima `[P, D]`."""
-        return self.page_bounds(queries, key_min[None], key_max[None])[0]
+    def fix(self, keys: Sequence[Tensor], layer_idx: int, num_layers: int) -> None:
+        return None
 
-    def page_bounds(self, queries: Tensor, key_min: Tensor, key_max: Tensor) -> Tensor:
-        """Bounds `[Hkv, P]` fp32 on q.k: queries `[H, D]`, minima and maxima `[Hkv, P, D]`; max of the group."""
-        grouped = queries.float().reshape(key_min.shape[0], -1, queries.shape[-1])  # [Hkv, G, D]
-        upper = grouped.clamp(min=0) @ key_max.float().mT + grouped.clamp(max=0) @ key_min.float().mT  # [Hkv, G, P]
-        return upper.amax(1)  # [Hkv, P]
+    def summarize(self, keys: Tensor, fixed: Tensor | None, sentences: Tensor | None) -> IndexItems:
+        """Largest and smallest key of each page side by side, `[P, 2 D]`."""
+        pages = whole_pages(keys)  # [P, 64, D]
+        return IndexItems(vectors=torch.cat([pages.amax(1), pages.amin(1)], dim=1))
+
+    def choose(self, step: AccessStep) -> Choice:
+        """The pages with the largest bounds on q.k of any query head."""
+        q = step.queries  # [R, G, D]
+        bounds = step.rank(torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=2)).amax(1)  # [R, P]
+        return Choice(pages=best(bounds, step.head_pages.clamp(max=self.num_pages)))
+
+    @property
+    def num_pages(self) -> int:
+        """Most pages per KV head that a step reads beside the tail."""
+        return max(self.min_pages, self.tokens // PAGE_TOKENS)
+
+    def index_bytes(self, head_dim: int, number_bytes: int) -> tuple[int, int]:
+        page = 2 * head_dim * number_bytes
+        return -(-page // PAGE_TOKENS), page
