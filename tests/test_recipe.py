@@ -40,6 +40,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "noise": st.booleans(),
     "full_layers": st.sampled_from([None, "0", "0,3", "0, 1, 9"]),
     "offload": st.booleans(),
+    "sigma": st.floats(1e-3, 1e3),
+    "important_share": st.floats(0, 0.5),
+    "recent_share": st.floats(0, 0.5),
+    "size_on": st.sampled_from(["logit", "value"]),
+    "strategy": st.sampled_from(["averaged", "pivotal", "weighted"]),
+    "chunk": st.integers(2, 5000),
     "residual": st.integers(1, 9).map(lambda n: 64 * n),
     "layers": st.integers(2, 50),
 }

@@ -36,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "expected_attention": {"n_sink": 2, "future_positions": 5},
     "kvzip": {"n_sink": 2},
     "locret": {"n_local": 2},
+    "recency": {"n_sink": 2, "window": 1},
+    "global_local": {"window": 3, "kernel": 3},
 }
 
 

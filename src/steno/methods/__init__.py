@@ -31,7 +31,12 @@ from steno.methods.interfaces import (
     Sharer,
     Transform,
 )
+from steno.methods.merge.chelsea import Chelsea
+from steno.methods.merge.ems import EMS
 from steno.methods.merge.evict import Evict
+from steno.methods.merge.kvmerger import KVMerger
+from steno.methods.merge.look_m import LookM
+from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -43,11 +48,14 @@ from steno.methods.quantize.turboquant import TurboQuant
 from steno.methods.quantize.vidkv import VidKV
 from steno.methods.quantize.zipcache import ZipCache
 from steno.methods.score.expected_attention import ExpectedAttention
+from steno.methods.score.global_local import GlobalLocal
 from steno.methods.score.h2o import H2O
+from steno.methods.score.heavy_hitters import HeavyHitters
 from steno.methods.score.keydiff import KeyDiff
 from steno.methods.score.keyformer import Keyformer
 from steno.methods.score.kvzip import KVzip
 from steno.methods.score.locret import Locret
+from steno.methods.score.recency import Recency
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
 from steno.methods.score.tova import TOVA
@@ -65,12 +73,26 @@ KINDS = ("score", "allocate", "merge", "share", "transform", "quantize", "access
 
 SCORERS: dict[str, type[Scorer]] = {
     cls.id: cls
-    for cls in (StreamingLLM, SnapKV, TOVA, H2O, KeyDiff, ExpectedAttention, KVzip, Keyformer, Locret, TrimKV)
+    for cls in (
+        StreamingLLM,
+        SnapKV,
+        TOVA,
+        H2O,
+        KeyDiff,
+        ExpectedAttention,
+        KVzip,
+        Keyformer,
+        Locret,
+        TrimKV,
+        Recency,
+        HeavyHitters,
+        GlobalLocal,
+    )
 }
 ALLOCATORS: dict[str, type[Allocator]] = {
     cls.id: cls for cls in (Uniform, PyramidKV, AdaKV, PrefixKV, RazorAttention, EMSHeads, ZipVL)
 }
-MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict,)}
+MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict, KVMerger, EMS, Chelsea, LookM, RazorCompensation)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -95,6 +117,7 @@ __all__ = [
     "ALLOCATORS",
     "CSKV",
     "DELTA",
+    "EMS",
     "FP8",
     "GEAR",
     "H2O",
@@ -116,22 +139,27 @@ __all__ = [
     "AdaKV",
     "All",
     "Allocator",
+    "Chelsea",
     "DoubleSparsity",
     "EMSHeads",
     "Encoder",
     "Evict",
     "Evictor",
     "ExpectedAttention",
+    "GlobalLocal",
     "Hadamard",
+    "HeavyHitters",
     "HyLRA",
     "Int2",
     "Int4",
     "Int8",
+    "KVMerger",
     "KVQuant",
     "KVzip",
     "KeyDiff",
     "Keyformer",
     "Locret",
+    "LookM",
     "Merger",
     "Method",
     "MiniCache",
@@ -142,7 +170,9 @@ __all__ = [
     "Quantizer",
     "Quest",
     "RazorAttention",
+    "RazorCompensation",
     "Reader",
+    "Recency",
     "RotateKV",
     "Scorer",
     "SentenceKV",
