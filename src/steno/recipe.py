@@ -1,4 +1,7 @@
-"""Recipes: a chain of stages and one budget, and their text form, `snapkv(window=64) | adakv | kivi(bits=2) @ 20%`."""
+"""Recipes: a chain of stages and one budget, and their text form, `snapkv(window=64) | adakv | kivi(bits=2) @ 20%`.
+
+A name with its budget alone, `ems @ 25%`, is the whole paper, with the stages that it has beside that one (`methods/named.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,28 @@ import ast
 import math
 import re
 import warnings
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any, Protocol, cast, final
+from typing import Any, cast, final
 
 from steno.errors import BadArgument, BudgetError, RecipeError, nearest
 from steno.methods import (
     KINDS,
     METHODS,
+    NAMED,
     READERS,
     Access,
     Allocator,
     Evictor,
     Merger,
+    Method,
     Quantizer,
     Reader,
     Scorer,
     Sharer,
     Transform,
+    stage_text,
+    whole_paper,
 )
 from steno.methods.checks import shown
 from steno.types import Need
@@ -39,15 +46,6 @@ _UNITS = {
 }
 _NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*(%|[A-Za-z]*)", re.ASCII)
 _EXAMPLES = "write tokens per KV head (`512`), a share of the prompt (`20%`) or bytes (`64MiB`)"
-
-
-class _Stage(Protocol):
-    """An instance of a method, seen as a dataclass."""
-
-    __dataclass_fields__: Any
-    id: Any
-    kind: Any
-    needs: Any
 
 
 def _share(value: object) -> Fraction:
@@ -161,14 +159,14 @@ class Recipe:
         self._check_transforms()
         self._check_share()
 
-    def _of(self, kind: str) -> tuple[_Stage, ...]:
+    def _of(self, kind: str) -> tuple[Method, ...]:
         """The stages of a kind: one or none, but of transforms any number."""
         value = getattr(self, kind, None)
         if kind == REPEATING:
             if not isinstance(value, tuple):
                 raise RecipeError(f"`{kind}` must be a tuple of methods; got {kind}={shown(value)}.")
             return value
-        return () if value is None else (cast(_Stage, value),)
+        return () if value is None else (cast(Method, value),)
 
     def _check_transforms(self) -> None:
         for transform in self.transform:
@@ -230,7 +228,7 @@ class Recipe:
             )
 
     @property
-    def stages(self) -> tuple[_Stage, ...]:
+    def stages(self) -> tuple[Method, ...]:
         """The methods that are given, in order."""
         return tuple(stage for kind in KINDS for stage in self._of(kind))
 
@@ -266,7 +264,8 @@ class Recipe:
     def __str__(self) -> str:
         if not self.stages:
             return "full"
-        chain = " | ".join(_stage_text(stage) for stage in self.stages)
+        alone = next((s for s in self.stages if s.id in NAMED and whole_paper(s) == self.stages), None)
+        chain = " | ".join(map(stage_text, self.stages if alone is None else (alone,)))
         return chain if self.score is None else f"{chain} @ {self.budget}"
 
 
@@ -302,9 +301,11 @@ def parse_recipe(text: str) -> Recipe:
     if chain.strip() == "full":
         return Recipe(budget=budget or WHOLE)
     stages = [_build(node) for node in _nodes(chain)]
+    if budget is not None and len(stages) == 1:
+        stages = list(whole_paper(stages[0]))
     by_kind = _in_order(stages)
     if "score" in by_kind and budget is None:
-        name = cast(_Stage, by_kind["score"]).id
+        name = cast(Method, by_kind["score"]).id
         raise BudgetError(f"{name} chooses tokens, so the recipe needs a budget: e.g. `{name} @ 25%`.")
     return Recipe(budget=budget or WHOLE, **cast(dict[str, Any], by_kind))
 
@@ -345,7 +346,7 @@ def _nodes(chain: str) -> list[ast.expr]:
     return [node, *reversed(nodes)]
 
 
-def _build(node: ast.expr) -> _Stage:
+def _build(node: ast.expr) -> Method:
     """The method that `name` or `name(argument=literal, …)` stands for."""
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
@@ -356,7 +357,7 @@ def _build(node: ast.expr) -> _Stage:
     if name not in METHODS:
         raise RecipeError(f"unknown method {shown(name)}; {nearest(name.lower(), METHODS)}")
     try:
-        return cast(_Stage, METHODS[name](**_arguments(name, call)))
+        return cast(Method, METHODS[name](**_arguments(name, call)))
     except RecipeError:
         raise
     except BadArgument as error:
@@ -394,9 +395,9 @@ def _literal(name: str, argument: str, node: ast.expr) -> object:
     raise RecipeError(f"{name}: `{argument}` must be a literal: a number, a string, True or False.")
 
 
-def _in_order(stages: list[_Stage]) -> dict[str, _Stage | tuple[_Stage, ...]]:
+def _in_order(stages: list[Method]) -> dict[str, Method | tuple[Method, ...]]:
     """The stages by kind, or an error if a kind comes twice or the order is not that of KINDS."""
-    by_kind: dict[str, _Stage | tuple[_Stage, ...]] = {}
+    by_kind: dict[str, Method | tuple[Method, ...]] = {}
     for kind in KINDS:
         mine = tuple(stage for stage in stages if stage.kind == kind)
         if len(mine) > 1 and kind != REPEATING:
@@ -409,13 +410,6 @@ def _in_order(stages: list[_Stage]) -> dict[str, _Stage | tuple[_Stage, ...]]:
         order = " | ".join(stage.id for stage in right)
         raise RecipeError(f"stages go {', '.join(KINDS)}: write `{order}`.")
     return by_kind
-
-
-def _stage_text(stage: _Stage) -> str:
-    """`name` or `name(argument=value)`, default values left out."""
-    values = [(f.name, getattr(stage, f.name), f.default) for f in fields(cast(Any, stage))]
-    given = [f"{name}={value!r}" for name, value, default in values if default is MISSING or value != default]
-    return f"{stage.id}({', '.join(given)})" if given else str(stage.id)
 
 
 def _spelled(unit: str) -> str:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from steno import methods
 from steno.errors import BadArgument
-from steno.methods import ALLOCATORS, KINDS, METHODS, READERS, SCORERS, Evictor, Reader, describe_methods
+from steno.methods import ALLOCATORS, KINDS, METHODS, NAMED, READERS, SCORERS, Evictor, Reader, describe_methods
 
 SMALL: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 3, "kernel": 3},
@@ -171,8 +171,8 @@ def test_access(cls: Any) -> None:
 
 def test_describe_methods_is_json() -> None:
     rows = json.loads(json.dumps(describe_methods()))
-    assert [row["id"] for row in rows] == list(METHODS)
+    assert [row["id"] for row in rows] == [*METHODS, *NAMED]
     assert set(rows[0]) == {
         "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs"
     }  # fmt: skip
-    assert [row["kind"] for row in rows] == sorted((row["kind"] for row in rows), key=KINDS.index)
+    assert [row["kind"] for row in rows] == sorted((row["kind"] for row in rows), key=[*KINDS, "recipe"].index)

@@ -164,11 +164,11 @@ def test_runs_of_equal_tokens_merge_without_loss_if_they_count() -> None:
     kv, runs = duplicates()
     scores = draw(2, kv.num_tokens, seed=3)
     kept = best(scores, runs)
-    merged = KVMerger(recent=0, important=0).merge(kv, kept, scores, OBS)
+    merged = KVMerger(recent_share=0, important_share=0).merge(kv, kept, scores, OBS)
     assert merged.counts is not None
     assert merged.counts[merged.kept].sum() == 2 * kv.num_tokens
     assert loss(kv, merged) < 1e-5
-    as_published = KVMerger(recent=0, important=0, mass="value").merge(kv, kept, scores, OBS)
+    as_published = KVMerger(recent_share=0, important_share=0, size_on="value").merge(kv, kept, scores, OBS)
     assert as_published.counts is None
     assert loss(kv, as_published) > 0.1
 
@@ -177,7 +177,7 @@ def test_kvmerger_without_similar_neighbours_evicts() -> None:
     keys = torch.eye(20)[None].repeat(2, 1, 1)
     scores = draw(2, 20, seed=1)
     kept = best(scores, 8)
-    merged = KVMerger(recent=0).merge(layer(keys), kept, scores, OBS)
+    merged = KVMerger(recent_share=0).merge(layer(keys), kept, scores, OBS)
     assert torch.equal(merged.kept, kept)
     assert same(merged.kv, layer(keys), kept)
 
@@ -219,7 +219,9 @@ def test_the_width_of_kvmerger() -> None:
     kv = layer(1 + 0.1 * draw(1, 8, 4))
     scores = torch.tensor([[0.0, 0, 9, 0, 0, 0, 0, 0]])
     kept = best(scores, 1)
-    narrow, wide = (KVMerger(recent=0, important=0, sigma=s).merge(kv, kept, scores, OBS).kv for s in (1e-3, 1e3))
+    narrow, wide = (
+        KVMerger(recent_share=0, important_share=0, sigma=s).merge(kv, kept, scores, OBS).kv for s in (1e-3, 1e3)
+    )
     assert torch.equal(narrow.keys[0, 2], kv.keys[0, 2])
     assert torch.allclose(wide.keys[0, 2], kv.keys[0].mean(0), atol=1e-5)
     assert torch.allclose(wide.values[0, 2], kv.values[0].mean(0), atol=1e-5)

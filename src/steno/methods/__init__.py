@@ -37,6 +37,7 @@ from steno.methods.merge.evict import Evict
 from steno.methods.merge.kvmerger import KVMerger
 from steno.methods.merge.look_m import LookM
 from steno.methods.merge.razor_compensation import RazorCompensation
+from steno.methods.named import NAMED, NamedRecipe, stage_text
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -125,6 +126,7 @@ __all__ = [
     "KIVI",
     "MERGERS",
     "METHODS",
+    "NAMED",
     "NVFP4",
     "Q4_0",
     "Q8_0",
@@ -164,6 +166,7 @@ __all__ = [
     "Method",
     "MiniCache",
     "MoBA",
+    "NamedRecipe",
     "Palu",
     "PrefixKV",
     "PyramidKV",
@@ -188,23 +191,39 @@ __all__ = [
     "ZipCache",
     "ZipVL",
     "describe_methods",
+    "stage_text",
+    "whole_paper",
 ]
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """What each method says about itself, in the order of the kinds; plain values, ready for JSON."""
-    return [
-        {
-            "id": cls.id,
-            "kind": cls.kind,
-            "title": cls.title,
-            "paper": cls.paper,
-            "year": cls.year,
-            "arxiv": cls.arxiv,
-            "needs": sorted(need.name for need in cls.needs),
-            "frees_memory": cls.frees_memory,
-            "trained": cls.trained,
-            "differs": cls.differs,
-        }
-        for cls in METHODS.values()
-    ]
+    """What each method says about itself, in the order of the kinds, then the named recipes; plain values, ready for JSON."""
+    methods = [_row(cls, cls.kind, cls.title, (cls,), cls.differs) for cls in METHODS.values()]
+    for named in NAMED.values():
+        stages = whole_paper(METHODS[named.id]())
+        chain = " | ".join(map(stage_text, stages))
+        methods.append(_row(METHODS[named.id], "recipe", chain, stages, named.differs))
+    return methods
+
+
+def whole_paper(stage: Method) -> tuple[Method, ...]:
+    """The stages of the recipe that `stage` alone stands for: itself, and what its paper has beside it."""
+    beside = NAMED[stage.id].beside if stage.id in NAMED else ()
+    return tuple(sorted((stage, *beside), key=lambda stage: KINDS.index(stage.kind)))
+
+
+def _row(
+    cls: type[Method], kind: str, title: str, stages: tuple[Method | type[Method], ...], differs: str
+) -> dict[str, Any]:
+    return {
+        "id": cls.id,
+        "kind": kind,
+        "title": title,
+        "paper": cls.paper,
+        "year": cls.year,
+        "arxiv": cls.arxiv,
+        "needs": sorted({need.name for stage in stages for need in stage.needs}),
+        "frees_memory": any(stage.frees_memory for stage in stages),
+        "trained": any(stage.trained for stage in stages),
+        "differs": differs,
+    }

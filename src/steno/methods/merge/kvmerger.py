@@ -34,17 +34,17 @@ class KVMerger:
         Cosine above which neighbours may be merged.
     sigma : float, default 5.0
         Width of the Gaussian over the distance of keys to the most important one of a set.
-    recent : float, default 0.34 of the budget
+    recent_share : float, default 0.34 of the budget
         Newest tokens that are never merged, as a share of what the head keeps.
-    important : float, default 0.24 of the budget
+    important_share : float, default 0.24 of the budget
         Tokens with the highest scores that are never merged, as a share of what the head keeps.
-    mass : str, default "count"
-        How a set of n tokens keeps its weight: "count" adds log n to its logit, "value" multiplies its value by n.
+    size_on : str, default "logit"
+        Where a set of n tokens shows its size: "logit" adds log n to its logit, "value" multiplies its value by n.
 
     Raises
     ------
     BadArgument
-        If a value is of another type or out of range, or `recent` and `important` are more than 1 together.
+        If a value is of another type or out of range, or `recent_share` and `important_share` are more than 1 together.
     """
 
     id: ClassVar[str] = "kvmerger"
@@ -64,19 +64,20 @@ class KVMerger:
 
     threshold: float = 0.75
     sigma: float = 5.0
-    recent: float = 0.34
-    important: float = 0.24
-    mass: str = "count"
+    recent_share: float = 0.34
+    important_share: float = 0.24
+    size_on: str = "logit"
 
     def __post_init__(self) -> None:
         require_real("threshold", self.threshold, 0, 1)
         require_real("sigma", self.sigma, 1e-6, 1e6)
-        require_real("recent", self.recent, 0, 1)
-        require_real("important", self.important, 0, 1)
-        require_choice("mass", self.mass, ("count", "value"))
-        if self.recent + self.important > 1:
+        require_real("recent_share", self.recent_share, 0, 1)
+        require_real("important_share", self.important_share, 0, 1)
+        require_choice("size_on", self.size_on, ("logit", "value"))
+        if self.recent_share + self.important_share > 1:
             raise BadArgument(
-                f"`recent` and `important` are shares of one budget; got recent={self.recent}, important={self.important}."
+                f"`recent_share` and `important_share` are shares of one budget; got "
+                f"recent_share={self.recent_share}, important_share={self.important_share}."
             )
 
     def merge(self, kv: LayerKV, kept: Tensor, scores: Tensor, obs: Observation) -> Merged:
@@ -99,13 +100,13 @@ class KVMerger:
             values[head, slot] = means_v[best].to(values.dtype)
             counts[head, slot] = sizes[best]
         kv = replace(kv, keys=keys, values=values)
-        return Merged(kv=kv, kept=slots, counts=counts if self.mass == "count" else None)
+        return Merged(kv=kv, kept=slots, counts=counts if self.size_on == "logit" else None)
 
     def _protected(self, kept: Tensor, scores: Tensor, budget: int) -> Tensor:
         """Which tokens `[S]` stay as they are: those of the scorer, the newest, the most important."""
         protected = kept & torch.isposinf(scores)
-        protected[len(kept) - int(self.recent * budget) :] = True
-        protected[scores.argsort(descending=True, stable=True)[: int(self.important * budget)]] = True
+        protected[len(kept) - int(self.recent_share * budget) :] = True
+        protected[scores.argsort(descending=True, stable=True)[: int(self.important_share * budget)]] = True
         return protected
 
     def _sets(self, keys: Tensor, protected: Tensor, budget: int) -> Tensor:
@@ -128,7 +129,7 @@ class KVMerger:
         share = (weights / total(weights)[sets])[:, None]
         sizes = total(torch.ones_like(weights))
         merged = total(values * share)
-        return total(keys * share), merged * sizes[:, None] if self.mass == "value" else merged, sizes
+        return total(keys * share), merged * sizes[:, None] if self.size_on == "value" else merged, sizes
 
 
 def pivots_of(sets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

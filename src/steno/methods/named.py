@@ -1,0 +1,54 @@
+"""Papers that are several stages at once: the method that bears the name, and the stages that its paper has beside it.
+
+`ems @ 25%`, a name and a budget alone, is the whole paper; in a chain, `snapkv | ems @ 25%`, the name is the stage. Papers that
+are one stage need no entry: their name alone is the whole paper already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, cast, final
+
+from steno.methods.interfaces import Method
+from steno.methods.score.global_local import GlobalLocal
+from steno.methods.score.heavy_hitters import HeavyHitters
+from steno.methods.score.recency import Recency
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NamedRecipe:
+    """The stages beside the one that bears the name `id`, in the order of the kinds, and what differs from the paper."""
+
+    id: str
+    beside: tuple[Method, ...]
+    differs: str
+
+
+NAMED: dict[str, NamedRecipe] = {
+    recipe.id: recipe
+    for recipe in (
+        NamedRecipe(
+            id="ems",
+            beside=(GlobalLocal(),),
+            differs="A reconstruction from the abstract, not EMS, in all its stages; merged once, at the end of the prompt.",
+        ),
+        NamedRecipe(
+            id="kvmerger",
+            beside=(HeavyHitters(recent_share=0.0),),
+            differs="The budget says how many neighbours are merged, and a set counts on the logit instead of in its value.",
+        ),
+        NamedRecipe(
+            id="chelsea",
+            beside=(Recency(window=64),),
+            differs="Chunks, passes and log n on the logits are ours; tokens after the prompt are not clustered.",
+        ),
+    )
+}
+
+
+def stage_text(stage: Method) -> str:
+    """`name` or `name(argument=value)`, default values left out."""
+    values = [(f.name, getattr(stage, f.name), f.default) for f in fields(cast(Any, stage))]
+    given = [f"{name}={value!r}" for name, value, default in values if value != default]
+    return f"{stage.id}({', '.join(given)})" if given else stage.id

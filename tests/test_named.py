@@ -1,0 +1,72 @@
+"""Named recipes: papers that are several stages at once, wherever a recipe can stand."""
+
+from __future__ import annotations
+
+import pytest
+
+import steno
+from steno.errors import BudgetError, RecipeError
+from steno.methods import KINDS, METHODS, NAMED, GlobalLocal, describe_methods, stage_text, whole_paper
+from steno.recipe import Recipe, parse_recipe
+from tiny import prompt, shared
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_alone_is_the_whole_paper(name: str) -> None:
+    stages = whole_paper(METHODS[name]())
+    assert len(stages) > 1
+    assert [KINDS.index(stage.kind) for stage in stages] == sorted(KINDS.index(stage.kind) for stage in stages)
+    short = parse_recipe(f"{name} @ 40%")
+    assert short.stages == stages
+    assert short == parse_recipe(f"{' | '.join(map(stage_text, stages))} @ 40%")
+    assert str(short) == f"{name} @ 40%"
+    assert parse_recipe(f"{name} @ 100%").stages == stages
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if METHODS[name].kind == "merge"])
+def test_in_a_chain_the_name_is_the_stage(name: str) -> None:
+    recipe = parse_recipe(f"snapkv | {name} @ 40%")
+    assert recipe.stages == (METHODS["snapkv"](), METHODS[name]())
+    assert str(recipe) == f"snapkv | {name} @ 40%"
+    with pytest.raises(RecipeError, match="needs a method that chooses tokens"):
+        parse_recipe(f"{name} | int8 @ 40%")
+    with pytest.raises(RecipeError, match="needs a method that chooses tokens"):
+        parse_recipe(name)
+
+
+def test_arguments_go_to_the_stage_that_bears_the_name() -> None:
+    recipe = parse_recipe("ems(gamma=0.5) @ 25%")
+    assert recipe.merge == METHODS["ems"](gamma=0.5)
+    assert recipe.score == GlobalLocal()
+    assert str(recipe) == "ems(gamma=0.5) @ 25%"
+    assert str(parse_recipe("global_local(window=9) | ems @ 25%")) == "global_local(window=9) | ems @ 25%"
+    with pytest.raises(RecipeError, match="ems has no argument 'window'"):
+        parse_recipe("ems(window=9) @ 25%")
+
+
+def test_a_recipe_in_python_has_no_hidden_stages() -> None:
+    with pytest.raises(BudgetError, match="a budget of 25% needs"):
+        Recipe(quantize=METHODS["int8"](), budget=parse_recipe("ems @ 25%").budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_model_generates_under_the_name(name: str) -> None:
+    model = shared("llama")
+    model.set_attn_implementation("steno")
+    cache = steno.KVCache(model.config, f"{name} @ 80")
+    ids = model.generate(prompt(150), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert ids.shape == (1, 154)
+    held = [n for layer in cache.held_tokens() for row in layer for n in row]
+    assert sum(held) / len(held) == 83
+    assert cache.kv_bytes < cache.kv_bytes_full
+    cache.check_integrity()
+
+
+def test_named_recipes_are_described_after_the_methods() -> None:
+    rows = [row for row in describe_methods() if row["kind"] == "recipe"]
+    assert [row["id"] for row in rows] == list(NAMED)
+    ems = next(row for row in rows if row["id"] == "ems")
+    assert ems["title"] == "global_local | ems"
+    assert ems["needs"] == ["ATTENTION_MASS", "QUERIES"]
+    assert ems["frees_memory"]
+    assert all("." in row["differs"] for row in rows)
