@@ -33,7 +33,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "key_bits": st.floats(1, 2),
     "norm_correction": st.booleans(),
     "statistics": st.none() | st.text(min_size=1).filter(str.strip),
-    "layers": st.integers(2, 50),
     "weights": st.none() | st.text(min_size=1).filter(str.strip),
     **dict.fromkeys(["recent_share", "stabilizers", "induction", "echo", "mass", "floor", "tau"], st.floats(0, 1)),
     **dict.fromkeys(["tau_init", "tau_end"], st.floats(1e-3, 1e3)),
@@ -91,6 +90,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     score = draw(st.none() | instances(SCORERS))
     evicts = score is not None and score.evicts_while_decoding
     transform = () if evicts else tuple(draw(st.lists(instances(TRANSFORMS), max_size=3)))
+    transform = tuple(stage for i, stage in enumerate(transform) if i == 0 or Need.ROPE not in stage.needs)
     share = None if evicts else draw(st.none() | instances(SHARERS))
     transform = tuple(stage for stage in transform if share is None or not stage.needs)
     merges = [merge for merge in MERGERS.values() if not evicts or not merge.counts_tokens]
@@ -279,3 +279,10 @@ def test_transforms_repeat_and_keep_their_order() -> None:
         parse_recipe("tova | hadamard @ 20")
     with pytest.raises(RecipeError, match="must be a tuple"):
         Recipe(transform=recipe.transform[0], budget=WHOLE)  # type: ignore[arg-type]
+
+
+def test_what_takes_rope_back_comes_first() -> None:
+    assert [stage.id for stage in parse_recipe("palu | hadamard | think").transform] == ["palu", "hadamard", "think"]
+    for chain in ("think | palu", "hadamard | cskv", "palu | cskv"):
+        with pytest.raises(RecipeError, match="be the first transform"):
+            parse_recipe(chain)

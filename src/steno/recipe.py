@@ -169,6 +169,12 @@ class Recipe:
         return () if value is None else (cast(Method, value),)
 
     def _check_transforms(self) -> None:
+        for before, transform in zip(self.transform, self.transform[1:], strict=False):
+            if Need.ROPE in transform.needs:
+                raise RecipeError(
+                    f"{transform.id} takes RoPE back from the keys as the model made them, and {before.id} changes them: let "
+                    f"{transform.id} be the first transform, and the only one of its sort."
+                )
         for transform in self.transform:
             if self.evictor is not None:
                 raise RecipeError(

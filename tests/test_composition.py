@@ -1,0 +1,72 @@
+"""Methods of different kinds go together, or the recipe says why not; docs/methods.md says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from composition import (
+    ARGUMENTS,
+    PAGE,
+    Pair,
+    compositions,
+    methods_table,
+    pairs,
+    recipe_of,
+    refusal,
+    refusals,
+    tiny_language_model,
+    with_part,
+)
+from steno.methods import KINDS, METHODS
+from steno.recipe import parse_recipe
+
+SAMPLE = 9
+"""Every so many-th pair is tried every day."""
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_language_model(Path(tmp_path_factory.mktemp("composition")))
+
+
+def test_every_method_meets_every_other_kind() -> None:
+    met = {cls.id: {other.kind for pair in pairs() if cls in pair for other in pair if other is not cls}
+           for cls in METHODS.values()}  # fmt: skip
+    kinds = {cls.kind for cls in METHODS.values()}
+    assert all(met[cls.id] >= kinds - {cls.kind} for cls in METHODS.values())
+    assert kinds <= set(KINDS)
+    assert set(ARGUMENTS) <= set(METHODS)
+
+
+@pytest.mark.parametrize("pair", pairs()[::SAMPLE], ids=recipe_of)
+def test_some_pairs(lm: Any, pair: Pair) -> None:
+    check_reasons(refusals(lm, [pair]))
+
+
+@pytest.mark.slow
+def test_all_pairs_and_the_page(lm: Any) -> None:
+    refused = refusals(lm, pairs())
+    check_reasons(refused)
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_part(page, "compositions", compositions(refused)), "run `python tests/composition.py`"
+
+
+def check_reasons(refused: dict[Pair, str]) -> None:
+    """Each reason names what cannot be, and the way out."""
+    for pair, reason in refused.items():
+        assert any(cls.id in reason for cls in pair), f"{recipe_of(pair)}: {reason}"
+        assert ": " in reason, f"{recipe_of(pair)}: {reason}"
+
+
+def test_the_page_describes_every_method_as_it_describes_itself() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_part(page, "methods", methods_table()), "run `python tests/composition.py`"
+
+
+def test_a_refusal_is_told(lm: Any) -> None:
+    assert "pages are encoded only once" in refusal(lm, "tova | int8 @ 100")
+    assert refusal(lm, "full") == ""
+    assert parse_recipe(recipe_of((METHODS["adakv"], METHODS["int8"]))).score is not None
