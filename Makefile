@@ -27,7 +27,7 @@ test-native: $(SANITIZED)/.built
 	@($(HAS_SANITIZERS)) || { echo "this needs gcc with its sanitizers (libasan, libubsan)"; exit 1; }
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
-		$(BIN)/python -m pytest tests/kernels -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
+		$(BIN)/python -m pytest tests/kernels tests/codec/test_rans.py -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
 
 slow: model
 	$(BIN)/python -m pytest -m slow

@@ -61,7 +61,7 @@ native = Extension(
     "steno.kernels._native",
     sources=[
         str(CSRC / f"{name}.cpp")
-        for name in ("dispatch", "dense", "encode", "gather", "portable", "avx2", "avx512", "vnni", "bf16")
+        for name in ("dispatch", "dense", "encode", "gather", "rans", "portable", "avx2", "avx512", "vnni", "bf16")
     ],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",

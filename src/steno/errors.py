@@ -54,6 +54,10 @@ class CalibrationError(StenoError, ValueError):
     """A calibration or weights file that is damaged, or holds NaN or infinity."""
 
 
+class DamagedFile(StenoError):
+    """A saved context that is cut short, changed, or no saved context at all."""
+
+
 class KernelError(StenoError):
     """A kernel that was asked for by name and is not there."""
 

@@ -1,0 +1,233 @@
+// Interleaved rANS: an entropy coder of bytes with static tables, 32 states side by side.
+//
+// A stream is 32 states of 32 bits, then words of 16 bits, little-endian. Symbols come in runs; a run has one table, and
+// its symbols go round the states 0, 1, … 31. Every run begins at state 0.
+// Source: Duda, Asymmetric numeral systems, 2013, https://arxiv.org/abs/1311.2540; Giesen, Interleaved entropy coders,
+// 2014, https://arxiv.org/abs/1402.3392.
+// steno/kernels/rans/naive.py is the oracle.
+#include "attend.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kStates = 32;
+constexpr int kScaleBits = 12;
+constexpr uint32_t kSlots = 1u << kScaleBits;
+constexpr uint32_t kLowest = 1u << 16;  // a state is at least this between two symbols
+constexpr int kSymbols = 256;
+
+// How one symbol is encoded; no symbol has a frequency of 0 where it occurs.
+struct EncodeEntry {
+    uint64_t reciprocal;  // ceil(2^44 / frequency): exact for every state that is divided
+    uint32_t frequency;
+    uint32_t start;
+};
+
+struct Reader {
+    const uint8_t *next;
+    const uint8_t *end;
+};
+
+uint32_t load32(const uint8_t *p) {
+    uint32_t x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+
+uint16_t load16(const uint8_t *p) {
+    uint16_t x;
+    std::memcpy(&x, p, 2);
+    return x;
+}
+
+// An entry of a decode table: the symbol, 12 bits of frequency - 1, 12 bits of slot - start.
+inline uint32_t advanced(uint32_t state, uint32_t entry) {
+    return ((entry >> 8 & (kSlots - 1)) + 1) * (state >> kScaleBits) + (entry >> 20);
+}
+
+// Symbols of one run, of any length; false if the words end too early.
+bool decode_steps(uint32_t *states, const uint32_t *table, Reader &in, uint8_t *out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t &state = states[i % kStates];
+        const uint32_t entry = table[state & (kSlots - 1)];
+        out[i] = static_cast<uint8_t>(entry);
+        state = advanced(state, entry);
+        if (state < kLowest) {
+            if (in.end - in.next < 2) return false;
+            state = state << 16 | load16(in.next);
+            in.next += 2;
+        }
+    }
+    return true;
+}
+
+// As many whole steps of 32 symbols as `in` surely has the words for; the number of symbols.
+using DecodeRun = int64_t (*)(uint32_t *states, const uint32_t *table, Reader &in, uint8_t *out, int64_t count);
+
+int64_t decode_none(uint32_t *, const uint32_t *, Reader &, uint8_t *, int64_t) { return 0; }
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) int64_t decode_avx512(
+    uint32_t *states, const uint32_t *table, Reader &in, uint8_t *out, int64_t count) {
+    const __m512i slots = _mm512_set1_epi32(kSlots - 1), one = _mm512_set1_epi32(1);
+    const __m512i lowest = _mm512_set1_epi32(kLowest);
+    __m512i x[2] = {_mm512_loadu_si512(states), _mm512_loadu_si512(states + 16)};
+    int64_t done = 0;
+    for (; done + kStates <= count && in.end - in.next >= 2 * kStates; done += kStates)
+        for (int half = 0; half < 2; half++) {
+            const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(x[half], slots), table, 4);
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(out + done + 16 * half), _mm512_cvtepi32_epi8(entry));
+            const __m512i frequency =
+                _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 8), slots), one);
+            x[half] = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x[half], kScaleBits)),
+                                       _mm512_srli_epi32(entry, 20));
+            const __mmask16 low = _mm512_cmplt_epu32_mask(x[half], lowest);
+            const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(in.next)));
+            const __m512i shifted = _mm512_slli_epi32(x[half], 16);
+            x[half] = _mm512_mask_or_epi32(x[half], low, shifted, _mm512_maskz_expand_epi32(low, words));
+            in.next += 2 * __builtin_popcount(low);
+        }
+    _mm512_storeu_si512(states, x[0]);
+    _mm512_storeu_si512(states + 16, x[1]);
+    return done;
+}
+
+// For each mask of 8 lanes, which word each lane of it reads.
+struct Expansion {
+    uint8_t lanes[256][8];
+    constexpr Expansion() : lanes() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int lane = 0, word = 0; lane < 8; lane++)
+                lanes[mask][lane] = static_cast<uint8_t>(mask >> lane & 1 ? word++ : 0);
+    }
+};
+constexpr Expansion kExpansion;
+
+__attribute__((target("avx2"))) int64_t decode_avx2(uint32_t *states, const uint32_t *table, Reader &in, uint8_t *out,
+                                                    int64_t count) {
+    const __m256i slots = _mm256_set1_epi32(kSlots - 1), one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
+    const __m256i bytes = _mm256_set_epi64x(-1, 0x0c080400, -1, 0x0c080400);  // the lowest of each dword
+    __m256i x[4];
+    for (int i = 0; i < 4; i++) x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(states + 8 * i));
+    int64_t done = 0;
+    for (; done + kStates <= count && in.end - in.next >= 2 * kStates; done += kStates)
+        for (int i = 0; i < 4; i++) {
+            const __m256i slot = _mm256_and_si256(x[i], slots);
+            const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int *>(table), slot, 4);
+            const __m256i packed = _mm256_shuffle_epi8(entry, bytes);
+            const uint32_t symbols[2] = {static_cast<uint32_t>(_mm256_extract_epi32(packed, 0)),
+                                         static_cast<uint32_t>(_mm256_extract_epi32(packed, 4))};
+            std::memcpy(out + done + 8 * i, symbols, 8);
+            const __m256i frequency = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), slots), one);
+            x[i] = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srli_epi32(x[i], kScaleBits)),
+                                    _mm256_srli_epi32(entry, 20));
+            const __m256i is_low = _mm256_cmpeq_epi32(_mm256_srli_epi32(x[i], 16), zero);
+            const int low = _mm256_movemask_ps(_mm256_castsi256_ps(is_low));
+            const __m256i lanes =
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kExpansion.lanes[low])));
+            const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(in.next)));
+            const __m256i filled = _mm256_or_si256(_mm256_slli_epi32(x[i], 16), _mm256_permutevar8x32_epi32(words, lanes));
+            x[i] = _mm256_blendv_epi8(x[i], filled, is_low);
+            in.next += 2 * __builtin_popcount(low);
+        }
+    for (int i = 0; i < 4; i++) _mm256_storeu_si256(reinterpret_cast<__m256i *>(states + 8 * i), x[i]);
+    return done;
+}
+
+#endif
+
+DecodeRun decoder(int32_t isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (isa < 0 || isa > 1)) return decode_avx512;
+    if (__builtin_cpu_supports("avx2") && isa) return decode_avx2;
+#endif
+    (void)isa;
+    return decode_none;
+}
+
+// Writes 16 bits before `next`, and moves there if they count; the words of a stream come from the last to the first.
+inline void push(uint8_t *&next, uint32_t word, bool counts) {
+    const uint16_t low = static_cast<uint16_t>(word);
+    std::memcpy(next - 2, &low, 2);
+    next -= counts ? 2 : 0;
+}
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Encodes the runs of `symbols` one after another, run r by frequencies[tables[r]], 256 that add up to 4096. `out` has
+// room for `capacity` bytes, of which the stream takes the last ones; 2 for each symbol, 130 more. The bytes of the
+// stream; -1: there is no room, -2: a symbol has no frequency.
+EXPORT int64_t steno_rans_encode(const uint8_t *symbols, const int64_t *run_lengths, const int32_t *tables,
+                                 int64_t num_runs, const uint16_t *frequencies, uint8_t *out, int64_t capacity) {
+    uint32_t states[kStates];
+    for (uint32_t &state : states) state = kLowest;
+    const uint8_t *run = symbols;
+    for (int64_t r = 0; r < num_runs; r++) run += run_lengths[r];
+    if (capacity < 2 * (run - symbols) + 4 * kStates + 2) return -1;  // a symbol writes a word at most
+    uint8_t *next = out + capacity;
+    EncodeEntry entries[kSymbols];
+    int32_t loaded = -1;
+    for (int64_t r = num_runs; r-- > 0;) {
+        run -= run_lengths[r];
+        if (tables[r] != loaded) {
+            loaded = tables[r];
+            uint32_t start = 0;
+            for (int s = 0; s < kSymbols; s++) {
+                const uint32_t frequency = frequencies[static_cast<int64_t>(loaded) * kSymbols + s];
+                const uint64_t reciprocal = frequency ? ((uint64_t{1} << 44) + frequency - 1) / frequency : 0;
+                entries[s] = {reciprocal, frequency, start};
+                start += frequency;
+            }
+        }
+        for (int64_t i = run_lengths[r]; i-- > 0;) {
+            const EncodeEntry &entry = entries[run[i]];
+            uint32_t &state = states[i % kStates];
+            if (!entry.frequency) return -2;
+            // without a branch, which nothing could predict: the word is written, and counts or not
+            const bool is_full = state >= uint64_t{entry.frequency} << 20;
+            push(next, state, is_full);
+            state >>= is_full ? 16 : 0;
+            const uint32_t quotient = static_cast<uint32_t>(state * entry.reciprocal >> 44);
+            state = (quotient << kScaleBits) + (state - quotient * entry.frequency) + entry.start;
+        }
+    }
+    next -= 4 * kStates;
+    std::memcpy(next, states, 4 * kStates);
+    return out + capacity - next;
+}
+
+// Decodes what steno_rans_encode made into `out`, as many symbols as the runs have. decode_tables: rows of 4096 entries.
+// Reads no more than num_bytes of `stream`, whatever is in it. 0: done, 4: this is no stream of these runs and tables.
+EXPORT int32_t steno_rans_decode(const uint8_t *stream, int64_t num_bytes, const int64_t *run_lengths,
+                                 const int32_t *tables, int64_t num_runs, const uint32_t *decode_tables, uint8_t *out,
+                                 int32_t isa) {
+    if (num_bytes < 4 * kStates) return 4;
+    const DecodeRun decode = decoder(isa);
+    uint32_t states[kStates];
+    for (int i = 0; i < kStates; i++) states[i] = load32(stream + 4 * i);
+    Reader in{stream + 4 * kStates, stream + num_bytes};
+    for (int64_t r = 0; r < num_runs; r++) {
+        const uint32_t *table = decode_tables + static_cast<int64_t>(tables[r]) * kSlots;
+        const int64_t done = decode(states, table, in, out, run_lengths[r]);
+        if (!decode_steps(states, table, in, out + done, run_lengths[r] - done)) return 4;
+        out += run_lengths[r];
+    }
+    if (in.next != in.end) return 4;
+    for (const uint32_t state : states)
+        if (state != kLowest) return 4;
+    return 0;
+}
+}

@@ -1,0 +1,153 @@
+"""Entropy coding of bytes: interleaved rANS with static tables (csrc/rans.cpp, which says where it comes from).
+
+A table gives each of 256 symbols a frequency; those of a table add up to 4096. Symbols come in runs of one table each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from steno.errors import BadArgument, DamagedFile, nearest
+from steno.kernels import native
+
+from . import naive
+from .naive import SLOTS, STATES
+
+SYMBOLS = 256
+IMPLS = ("auto", "cpu", "naive")
+STREAM_BYTES = 4 * STATES
+"""Bytes of a stream beside its words."""
+
+
+def normalize(counts: np.ndarray) -> np.ndarray:
+    """Frequencies `[K, 256]` uint16 that add up to 4096 in each table, nearly in proportion to counts `[K, 256]`.
+
+    Every symbol that occurs has at least 1; a table of no symbol at all gives everything to symbol 0.
+    """
+    counts = np.asarray(counts, np.float64)
+    totals = counts.sum(1, keepdims=True)
+    counts = np.where(totals > 0, counts, np.eye(1, SYMBOLS))
+    scaled = counts * (SLOTS / counts.sum(1, keepdims=True))  # [K, 256]
+    frequencies = np.maximum(np.floor(scaled), counts > 0)
+    for row, wanted, count in zip(frequencies, scaled, counts, strict=True):
+        left = SLOTS - int(row.sum())
+        if left > 0:
+            row[np.argsort(row - wanted, kind="stable")[:left]] += 1
+        while left < 0:  # rare symbols took more than their share; the others give where it costs least
+            cost = np.where(row > 1, count * np.log(np.maximum(row, 2) / np.maximum(row - 1, 1)), np.inf)
+            givers = np.argsort(cost, kind="stable")[: min(-left, int((row > 1).sum()))]
+            row[givers] -= 1
+            left += len(givers)
+    return frequencies.astype(np.uint16)
+
+
+def decode_tables(frequencies: np.ndarray) -> np.ndarray:
+    """What `decode` reads: uint32 `[K, 4096]` of frequencies `[K, 256]`, 16 KiB each.
+
+    An entry: the symbol, 12 bits of its frequency less one, 12 bits of the slot's place in it. Raises `BadArgument` unless
+    the frequencies of each table add up to 4096.
+    """
+    _check_frequencies(frequencies)
+    wide = frequencies.astype(np.uint32)
+    symbols = np.tile(np.arange(SYMBOLS, dtype=np.uint32), len(wide))
+    starts = (np.cumsum(wide, axis=1, dtype=np.uint32) - wide).reshape(-1)
+    flat = wide.reshape(-1)
+    slots = np.tile(np.arange(SLOTS, dtype=np.uint32), len(wide))
+    entries = np.repeat(symbols | (flat - np.minimum(flat, 1)) << 8, flat) | (slots - np.repeat(starts, flat)) << 20
+    return entries.reshape(len(wide), SLOTS)
+
+
+def encode(
+    symbols: np.ndarray, runs: Sequence[tuple[int, int]], frequencies: np.ndarray, *, impl: str = "auto"
+) -> bytes:
+    """The stream of symbols `[N]` uint8. runs: (length, table) that add up to N; frequencies: uint16 `[K, 256]`.
+
+    impl: `cpu` (native), `naive`, or `auto`, the first that is there; the streams are the same. Raises `BadArgument` for
+    runs that do not fit, or a symbol without a frequency in its table.
+    """
+    _check_frequencies(frequencies)
+    _check_runs(runs, len(frequencies))
+    if symbols.dtype != np.uint8 or symbols.ndim != 1 or len(symbols) != sum(length for length, _ in runs):
+        raise BadArgument(
+            f"symbols must be uint8 [N] with N = {sum(n for n, _ in runs)}, the sum of the runs; got {symbols.dtype} "
+            f"{[*symbols.shape]}."
+        )
+    if _chosen(impl) == "naive":
+        return naive.encode(symbols, runs, frequencies)
+    symbols, frequencies = np.ascontiguousarray(symbols), np.ascontiguousarray(frequencies)
+    lengths, tables = _arrays(runs)
+    room = np.empty(STREAM_BYTES + 2 * len(symbols) + 2, np.uint8)
+    encode_native = native.library().steno_rans_encode
+    encode_native.restype = ctypes.c_int64
+    num_bytes = encode_native(
+        _address(symbols), _address(lengths), _address(tables), ctypes.c_int64(len(lengths)), _address(frequencies),
+        _address(room), ctypes.c_int64(len(room)),
+    )  # fmt: skip
+    if num_bytes < 0:  # the room is enough for any symbols
+        raise BadArgument("every symbol of a run needs a frequency in its table; got one that lacks it.")
+    return room[len(room) - num_bytes :].tobytes()
+
+
+def decode(
+    stream: bytes | memoryview | np.ndarray,
+    runs: Sequence[tuple[int, int]],
+    tables: np.ndarray,
+    *,
+    impl: str = "auto",
+    isa: str | None = None,
+) -> np.ndarray:
+    """The symbols `[N]` uint8 of a stream. runs: (length, table) as they were encoded; tables: of `decode_tables`.
+
+    impl: as in `encode`; isa: of the native library, default the best. Raises `DamagedFile` if it is no stream of such
+    symbols; it may also decode to other symbols, and never reads beyond its end.
+    """
+    if tables.dtype != np.uint32 or tables.ndim != 2 or tables.shape[1] != SLOTS:
+        raise BadArgument(f"tables must be uint32 [K, {SLOTS}]; got {tables.dtype} {[*tables.shape]}.")
+    _check_runs(runs, len(tables))
+    if _chosen(impl) == "naive":
+        return naive.decode(bytes(stream), runs, tables)
+    data = np.ascontiguousarray(np.frombuffer(stream, np.uint8))
+    tables = np.ascontiguousarray(tables)
+    lengths, of_runs = _arrays(runs)
+    symbols = np.empty(int(lengths.sum()), np.uint8)
+    status = native.library().steno_rans_decode(
+        _address(data), ctypes.c_int64(len(data)), _address(lengths), _address(of_runs), ctypes.c_int64(len(lengths)),
+        _address(tables), _address(symbols), ctypes.c_int32(native.number_of_isa(isa)),
+    )  # fmt: skip
+    if status:
+        raise DamagedFile("an entropy-coded stream does not decode to the symbols that it should have.")
+    return symbols
+
+
+def _check_frequencies(frequencies: np.ndarray) -> None:
+    if frequencies.dtype != np.uint16 or frequencies.ndim != 2 or frequencies.shape[1] != SYMBOLS:
+        raise BadArgument(f"frequencies must be uint16 [K, {SYMBOLS}]; got {frequencies.dtype} {[*frequencies.shape]}.")
+    sums = frequencies.sum(1, dtype=np.int64)
+    if (sums != SLOTS).any():
+        raise BadArgument(f"the frequencies of a table must add up to {SLOTS}; got {sums[sums != SLOTS][0]}.")
+
+
+def _check_runs(runs: Sequence[tuple[int, int]], num_tables: int) -> None:
+    for length, table in runs:
+        if length < 0 or not 0 <= table < num_tables:
+            raise BadArgument(f"a run needs a length >= 0 and one of {num_tables} tables; got {length}, {table}.")
+
+
+def _chosen(impl: str) -> str:
+    if impl not in IMPLS:
+        raise BadArgument(f"unknown impl {impl!r}; {nearest(impl, IMPLS)}")
+    if impl == "auto":
+        return "cpu" if native.why_missing() is None else "naive"
+    return impl
+
+
+def _arrays(runs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    pairs = np.array(runs, np.int64).reshape(-1, 2)
+    return np.ascontiguousarray(pairs[:, 0]), pairs[:, 1].astype(np.int32)
+
+
+def _address(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,112 @@
+"""The entropy coder against its oracle: any symbols, any runs, any instruction set; and streams that were tampered with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from steno.errors import BadArgument, DamagedFile
+from steno.kernels import native, rans
+
+needs_native = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
+IMPLS = ["naive"] if native.why_missing() else ["naive", "cpu"]
+ISAS = native.available_isas() or ["portable"]
+
+
+@st.composite
+def coded(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray]:
+    """Symbols of several runs, and tables that have them all."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    num_tables = draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.one_of(st.integers(0, 3), st.integers(30, 70), st.just(500)), max_size=5))
+    alphabet, skew = draw(st.integers(1, 256)), draw(st.sampled_from([0.0, 1.0, 8.0]))
+    weights = np.exp(-skew * np.arange(alphabet) / alphabet * 4)
+    used = rng.permutation(256)[:alphabet]
+    runs = [(length, int(rng.integers(num_tables))) for length in lengths]
+    symbols = rng.choice(used, size=sum(lengths), p=weights / weights.sum()).astype(np.uint8)
+    counts, end = np.zeros((num_tables, 256), np.int64), 0
+    for length, table in runs:
+        counts[table] += np.bincount(symbols[end : end + length], minlength=256)
+        end += length
+    return symbols, runs, rans.normalize(counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(coded())
+@example((np.zeros(0, np.uint8), [], rans.normalize(np.eye(1, 256))))
+@example((np.full(1, 255, np.uint8), [(1, 0)], rans.normalize(np.eye(1, 256, 255))))
+def test_every_implementation_writes_and_reads_the_oracles_streams(case) -> None:
+    symbols, runs, frequencies = case
+    stream, tables = rans.encode(symbols, runs, frequencies, impl="naive"), rans.decode_tables(frequencies)
+    assert np.array_equal(rans.decode(stream, runs, tables, impl="naive"), symbols)
+    if native.why_missing() is None:
+        assert rans.encode(symbols, runs, frequencies, impl="cpu") == stream
+        for isa in ISAS:
+            assert np.array_equal(rans.decode(stream, runs, tables, impl="cpu", isa=isa), symbols), isa
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.05, 0.5])
+def test_a_stream_is_as_long_as_its_information(skew: float) -> None:
+    weights = np.exp(-skew * np.arange(256))
+    symbols = np.random.default_rng(0).choice(256, size=20_000, p=weights / weights.sum()).astype(np.uint8)
+    frequencies = rans.normalize(np.bincount(symbols, minlength=256)[None])
+    bits = -np.log2(frequencies[0, symbols] / 4096).sum()
+    length = len(rans.encode(symbols, [(len(symbols), 0)], frequencies))
+    assert bits / 8 <= length <= bits / 8 * 1.001 + rans.STREAM_BYTES + 64
+
+
+def test_one_symbol_takes_no_words() -> None:
+    frequencies = rans.normalize(np.eye(1, 256, 7))
+    assert len(rans.encode(np.full(100_000, 7, np.uint8), [(100_000, 0)], frequencies)) == rans.STREAM_BYTES
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 256))
+def test_tables_add_up_and_leave_no_symbol_out(seed: int, alphabet: int) -> None:
+    counts = np.random.default_rng(seed).integers(0, 10 ** np.random.default_rng(seed).integers(1, 9), (2, 256))
+    counts[:, alphabet:] = 0
+    frequencies = rans.normalize(counts)
+    assert (frequencies.sum(1) == 4096).all()
+    assert ((frequencies > 0) >= (counts > 0)).all()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_tampered_streams_end_in_an_error_or_in_other_symbols(isa: str) -> None:
+    rng = np.random.default_rng(1)
+    symbols = rng.integers(0, 20, 3_000).astype(np.uint8)
+    runs = [(1_000, 0), (37, 1), (1_963, 0)]
+    frequencies = rans.normalize(np.stack([np.bincount(symbols, minlength=256)] * 2))
+    stream, tables = rans.encode(symbols, runs, frequencies), rans.decode_tables(frequencies)
+    refused = 0
+    for trial in range(400):
+        data = np.frombuffer(stream, np.uint8).copy()
+        kind = trial % 4
+        if kind == 0:
+            data = data[: rng.integers(len(data))]
+        elif kind == 1:
+            data = np.concatenate([data, rng.integers(0, 256, rng.integers(1, 9)).astype(np.uint8)])
+        elif kind == 2:
+            data[rng.integers(len(data), size=rng.integers(1, 4))] ^= np.uint8(rng.integers(1, 256))
+        else:
+            data = rng.integers(0, 256, rng.integers(0, 4_000)).astype(np.uint8)
+        try:
+            assert len(rans.decode(data, runs, tables, isa=isa)) == len(symbols)
+        except DamagedFile:
+            refused += 1
+    assert refused > 390  # the final states are a check of 32 bits times 32
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    frequencies = rans.normalize(np.eye(1, 256, 3))
+    for impl in IMPLS:
+        with pytest.raises(BadArgument, match="lacks it"):
+            rans.encode(np.zeros(4, np.uint8), [(4, 0)], frequencies, impl=impl)
+    with pytest.raises(BadArgument, match="sum of the runs"):
+        rans.encode(np.full(4, 3, np.uint8), [(5, 0)], frequencies)
+    with pytest.raises(BadArgument, match="tables"):
+        rans.encode(np.full(4, 3, np.uint8), [(4, 1)], frequencies)
+    with pytest.raises(BadArgument, match="add up"):
+        rans.decode_tables(np.ones((1, 256), np.uint16))
