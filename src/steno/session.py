@@ -11,6 +11,10 @@ from typing import Any, final
 
 import torch
 
+from steno.calibration import save_calibration
+from steno.codec.cache import read_tokens, restore_cache, save_cache
+from steno.codec.container import SavedFile
+from steno.codec.identity import about_model, check_model, recipe_of
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
 from steno.decode.text import sentence_ends, with_text
@@ -174,6 +178,24 @@ class LanguageModel:
         parsed = as_recipe(recipe)
         return self._read(list(tokens), num_prefix_tokens, parsed, progress, chunk_tokens, has_question=False)
 
+    def open(self, path: str | Path) -> Context:
+        """A context that `Context.save` wrote, as it was: it answers token by token what the saved one would have.
+
+        Raises
+        ------
+        BadArgument
+            If there is no such file, or this model is not the one that read the context.
+        DamagedFile
+            If the file is cut, changed, or no saved context.
+        """
+        file = SavedFile(Path(path).expanduser())
+        check_model(file, self.loaded)
+        cache, tokens = KVCache(self.model.config, recipe_of(file)), read_tokens(file)
+        self.check_length(len(tokens), 0)
+        restore_cache(file, cache, num_tokens=len(tokens), device=self.model.device, dtype=self.model.dtype)
+        has_question = file.header.get("has_question") is True
+        return Context(self, cache, tokens, has_question=has_question, prefill_s=0.0, compress_s=0.0, note="")
+
     def _read(
         self,
         tokens: list[int],
@@ -304,6 +326,15 @@ class Context:
             note=self.note,
             kv_bytes_offloaded=self.cache.kv_bytes_offloaded,
         )
+
+    def save(self, path: str | Path) -> int:
+        """Writes the context to a file that `LanguageModel.open` reads, losslessly; the bytes of the file.
+
+        The file appears whole or not at all, and only its owner can read it: it has the tokens of the document in it.
+        Raises CacheError if it holds what a file cannot hold yet, BadArgument if the file cannot be written.
+        """
+        about = about_model(self.lm.loaded) | {"level": "lossless", "has_question": self.has_question}
+        return save_cache(Path(path).expanduser(), self.cache, self.tokens, about)
 
     def ask(
         self,

@@ -1,0 +1,176 @@
+"""Which classes of segments a file can hold, and how: one line each in `FORMS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from steno.cache.segment import DenseSegment, PagedSegment, Segment, page_summaries
+from steno.errors import BadArgument, CacheError, DamagedFile
+from steno.kernels.quant import Pages, page_bytes
+from steno.kernels.quant.packing import code_bytes
+from steno.types import PAGE_TOKENS, PageFormat
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix `[N, C]` of a segment; the other fields are those of `ArraySpec`."""
+
+    rows: Tensor
+    offsets: tuple[int, ...]
+    row_tokens: int
+    context_columns: int = 1
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A segment as a file holds it: JSON fields, and matrices by name."""
+
+    fields: Mapping[str, Any]
+    matrices: Mapping[str, Matrix]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How segments of a class become `Stored` and back. `build` gets the fields, the tensors, KV heads and head dimension;
+    it raises KeyError, TypeError, ValueError or `BadArgument` for what is none of its own."""
+
+    store: Callable[[Any], Stored]
+    build: Callable[[Mapping[str, Any], Mapping[str, Tensor], int, int], Segment]
+
+
+def _store_dense(segment: DenseSegment) -> Stored:
+    matrices = {"keys": segment.keys, "values": segment.values}
+    if segment.counts is not None:
+        matrices["log_counts"] = segment.counts[:, None]
+    return Stored(
+        fields={"offsets": list(segment.offsets), "summaries": segment.page_bounds is not None},
+        matrices={name: Matrix(rows=x, offsets=segment.offsets, row_tokens=1) for name, x in matrices.items()},
+    )
+
+
+def _build_dense(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Segment:
+    offsets = _offsets(fields["offsets"], num_heads)
+    keys, values = tensors["keys"], tensors["values"]
+    _expect(keys, (offsets[-1], head_dim))
+    _expect(values, (offsets[-1], head_dim))
+    if keys.dtype != values.dtype or not keys.is_floating_point():
+        raise ValueError(f"a dense segment holds floats of one kind, not {keys.dtype} and {values.dtype}")
+    bounds = tuple(page_summaries(keys[a:b]) for a, b in pairwise(offsets)) if fields["summaries"] else None
+    return DenseSegment(
+        keys=keys, values=values, offsets=offsets, counts=_counts(tensors, offsets[-1]), page_bounds=bounds
+    )
+
+
+def _store_pages(segment: PagedSegment) -> Stored:
+    pages, offsets = segment.pages, segment.offsets
+    matrices = {
+        name: Matrix(rows=x, offsets=offsets, row_tokens=PAGE_TOKENS, context_columns=x.shape[1])
+        for name, x in (("key_codes", pages.key_codes), ("value_codes", pages.value_codes))
+    }
+    others = {"key_params": pages.key_params.flatten(1), "value_params": pages.value_params.flatten(1)}
+    if segment.page_bounds is not None:
+        low, high = zip(*segment.page_bounds, strict=True)
+        others |= {"key_min": torch.cat(low), "key_max": torch.cat(high)}
+    matrices |= {name: Matrix(rows=x, offsets=offsets, row_tokens=PAGE_TOKENS) for name, x in others.items()}
+    if segment.counts is not None:
+        counts = segment.counts.reshape(-1, PAGE_TOKENS)
+        matrices["log_counts"] = Matrix(
+            rows=counts, offsets=offsets, row_tokens=PAGE_TOKENS, context_columns=PAGE_TOKENS
+        )
+    fmt = pages.fmt
+    fields = {"bits": fmt.bits, "key_group": fmt.key_group, "value_group": fmt.value_group, "offsets": list(offsets)}
+    return Stored(fields=fields, matrices=matrices)
+
+
+def _build_pages(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Segment:
+    offsets = _offsets(fields["offsets"], num_heads)
+    fmt = PageFormat(**{name: _int(fields[name]) for name in ("bits", "key_group", "value_group")})
+    num_pages, of_page = offsets[-1], page_bytes(fmt, head_dim)
+    key_groups, value_groups = PAGE_TOKENS // fmt.key_group, -(-head_dim // fmt.value_group)
+    codes = [tensors["key_codes"], tensors["value_codes"]]
+    params = [tensors["key_params"], tensors["value_params"]]
+    shapes = [(num_pages, 2, key_groups, head_dim), (num_pages, 2, value_groups, PAGE_TOKENS)]
+    for x, shape in zip(params, shapes, strict=True):
+        _expect(x, (num_pages, shape[1] * shape[2] * shape[3]), torch.float16)
+    for x, (rows, columns) in zip(codes, ((head_dim, PAGE_TOKENS), (PAGE_TOKENS, head_dim)), strict=True):
+        _expect(x, (num_pages, code_bytes(rows, columns, fmt.bits)), torch.uint8)
+    assert num_pages * of_page == sum(x.numel() * x.element_size() for x in codes + params), "formats agree on bytes"
+    pages = Pages(
+        fmt=fmt,
+        head_dim=head_dim,
+        key_codes=codes[0],
+        value_codes=codes[1],
+        key_params=params[0].reshape(shapes[0]),
+        value_params=params[1].reshape(shapes[1]),
+    )
+    bounds = None
+    if "key_min" in tensors:
+        low, high = tensors["key_min"], tensors["key_max"]
+        _expect(low, (num_pages, head_dim))
+        _expect(high, (num_pages, head_dim), low.dtype)
+        bounds = tuple((low[a:b], high[a:b]) for a, b in pairwise(offsets))
+    counts = _counts(tensors, num_pages, PAGE_TOKENS)
+    return PagedSegment(pages=pages, offsets=offsets, counts=counts, page_bounds=bounds)
+
+
+FORMS: Mapping[type[Segment], tuple[str, Form]] = MappingProxyType({
+    DenseSegment: ("dense", Form(store=_store_dense, build=_build_dense)),
+    PagedSegment: ("pages", Form(store=_store_pages, build=_build_pages)),
+})  # fmt: skip
+_BY_NAME = MappingProxyType(dict(FORMS.values()))
+
+
+def store_segment(segment: Segment) -> tuple[str, Stored]:
+    """The name of its form and the segment in it; raises `CacheError` for a class that has none."""
+    if type(segment) not in FORMS:
+        known = ", ".join(cls.__name__ for cls in FORMS)
+        raise CacheError(f"a file can hold {known}, and no {type(segment).__name__} yet; save with another recipe.")
+    name, form = FORMS[type(segment)]
+    return name, form.store(segment)
+
+
+def build_segment(
+    name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, num_kv_heads: int, head_dim: int
+) -> Segment:
+    """A stored segment; raises `DamagedFile` if it fits no form, or not this model's heads."""
+    try:
+        if name not in _BY_NAME:
+            raise ValueError(f"this steno knows no segments of the form {name!r}")
+        return _BY_NAME[name].build(fields, tensors, num_kv_heads, head_dim)
+    except (KeyError, TypeError, ValueError, BadArgument) as error:
+        raise DamagedFile(f"a segment cannot be read: {str(error)[:300]}.") from None
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _offsets(value: Any, num_heads: int) -> tuple[int, ...]:
+    offsets = tuple(_int(x) for x in value)
+    if len(offsets) != num_heads + 1 or offsets[0] or tuple(sorted(offsets)) != offsets:
+        raise ValueError(f"the offsets of {num_heads} heads must be {num_heads + 1} that begin with 0 and never fall")
+    return offsets
+
+
+def _expect(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    if tuple(x.shape) != tuple(shape) or (dtype is not None and x.dtype != dtype):
+        raise ValueError(f"a matrix must be {dtype or 'float'} {[*shape]}; got {x.dtype} {[*x.shape]}")
+
+
+def _counts(tensors: Mapping[str, Tensor], num_rows: int, columns: int = 1) -> Tensor | None:
+    if "log_counts" not in tensors:
+        return None
+    _expect(tensors["log_counts"], (num_rows, columns), torch.float32)
+    return tensors["log_counts"].reshape(-1)

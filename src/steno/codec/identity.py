@@ -1,0 +1,56 @@
+"""Which model read a saved context, and whether this one is it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from steno.codec.container import SavedFile
+from steno.errors import BadArgument, DamagedFile, RecipeError
+from steno.models.load import LoadedModel
+from steno.recipe import Recipe, parse_recipe
+from steno.version import VERSION
+
+
+def about_model(loaded: LoadedModel) -> dict[str, Any]:
+    """What the header of a file says of the model: its name, and by what it is known again."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    return {
+        "steno": VERSION,
+        "model": {"name": loaded.name, "hash": loaded.model_hash, "type": config.model_type, "weights": loaded.weights},
+        "tokenizer": tokenizer_hash(loaded.tokenizer),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "rope": getattr(config, "rope_parameters", None),
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """16 hexadecimal digits that identify the tokens of a vocabulary and their ids."""
+    digest = hashlib.sha256()
+    for token, idx in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{idx} {token}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def check_model(file: SavedFile, loaded: LoadedModel) -> None:
+    """Raises BadArgument if another model, tokenizer or dtype wrote the file, DamagedFile if it does not say."""
+    own, header = about_model(loaded), file.header
+    try:
+        name, found = header["model"]["name"], header["model"]["hash"]
+        tokenizer, dtype, rope = header["tokenizer"], header["dtype"], header["rope"]
+    except (KeyError, TypeError):
+        raise DamagedFile(f"{file.path} does not say which model read it.") from None
+    if dtype != own["dtype"]:
+        raise BadArgument(f"{file.path} holds a cache in {dtype}; load the model with dtype={dtype!r}.")
+    if found != loaded.model_hash or rope != own["rope"]:
+        raise BadArgument(f"{file.path} was read by {name} (hash {found}), not by {loaded.name} ({loaded.model_hash}).")
+    if tokenizer != own["tokenizer"]:
+        raise BadArgument(f"{file.path} was read with another tokenizer ({tokenizer}) than this model's.")
+
+
+def recipe_of(file: SavedFile) -> Recipe:
+    """The recipe under which a file was read; raises DamagedFile if this steno does not know it."""
+    try:
+        return parse_recipe(file.header["recipe"])
+    except (KeyError, TypeError, AttributeError, RecipeError) as error:
+        raise DamagedFile(f"{file.path} has a recipe that cannot be read: {error}") from None
