@@ -1,6 +1,6 @@
 """Read a document into a compressed cache and answer a question about it.
 
-Without --document it reads a part of the Python language reference. The answer streams to standard output; then a
+Without --document or --context it reads a part of the Python language reference. The answer streams to standard output; then a
 table says what the memory cost. `--recipe full` keeps everything; `steno methods` lists what recipes are made of.
 """
 
@@ -29,11 +29,12 @@ DEFAULT_RECIPE = "kvzip | adakv | kivi(bits=4) @ 50%"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", metavar="QUESTION", help="what to ask; compression has not seen it")
     parser.add_argument("--document", metavar="FILE", help="text file to read, - for standard input")
+    parser.add_argument("--context", metavar="FILE", help="ask a context that `steno read` saved, instead of reading")
     parser.add_argument(
         "--model", metavar="M", default=DEFAULT_MODEL,
         help="embedded model, Hugging Face id, local folder or GGUF file (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--recipe", metavar="R", default=DEFAULT_RECIPE, help="what to keep (default: %(default)r)")
+    parser.add_argument("--recipe", metavar="R", help=f"what to keep (default: {DEFAULT_RECIPE!r})".replace("%", "%%"))
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default: %(default)s)"
     )
@@ -81,7 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     from steno.recipe import parse_recipe
     from steno.session import load
 
-    recipe = parse_recipe(arguments.recipe)  # a typing mistake is told before anything is loaded
+    for name in ("document", "recipe", "compare"):
+        if arguments.context and getattr(arguments, name):
+            raise BadArgument(f"--context brings its own document and recipe; leave --{name} out.")
+    recipe = parse_recipe(arguments.recipe or DEFAULT_RECIPE)  # a typing mistake is told before anything is loaded
     if arguments.max_new_tokens < 1:
         raise BadArgument(f"--max-new-tokens must be >= 1; got {arguments.max_new_tokens}.")
     if not arguments.question.strip():
@@ -96,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     document = read_document(arguments.document) if arguments.document else None
     lm = load(arguments.model, dtype=arguments.dtype, device=arguments.device, weights=arguments.weights)
-    if document is None:
+    if document is None and not arguments.context:
         document, what = language_reference(lambda text: len(lm.tokenize(text)))
         print(f"reading {what}", file=sys.stderr)
     context, answer = _read_and_ask(lm, document, str(recipe), arguments, sampling, stream=not arguments.json)
@@ -114,18 +118,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read_and_ask(
-    lm: LanguageModel, document: str, recipe: str, arguments: argparse.Namespace, sampling: Sampling, *, stream: bool
+    lm: LanguageModel,
+    document: str | None,
+    recipe: str,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    *,
+    stream: bool,
 ) -> tuple[Context, Answer]:
     from steno.cli.show import progress_bar
 
-    with progress_bar() as progress:
-        context = lm.read(
-            document,
-            recipe,
-            reserve_tokens=arguments.max_new_tokens,
-            chunk_tokens=arguments.chunk_tokens,
-            progress=progress,
-        )
+    if document is None:
+        context = lm.open(arguments.context)
+    else:
+        with progress_bar() as progress:
+            context = lm.read(
+                document,
+                recipe,
+                reserve_tokens=arguments.max_new_tokens,
+                chunk_tokens=arguments.chunk_tokens,
+                progress=progress,
+            )
     if context.note:
         print(f"steno: {context.note}", file=sys.stderr)
     started = time.perf_counter()

@@ -10,11 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from steno.cli import ask, bench, calibrate, methods, train
+from steno.cli import ask, bench, calibrate, info, methods, read, train, verify
 from steno.errors import BadArgument, CalibrationError, StenoError, StenoWarning
 from steno.version import VERSION
 
-COMMANDS = {"ask": ask, "bench": bench, "methods": methods, "calibrate": calibrate, "train": train}
+COMMANDS = {
+    "ask": ask, "read": read, "info": info, "verify": verify, "bench": bench, "methods": methods, "calibrate": calibrate,
+    "train": train,
+}  # fmt: skip
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 

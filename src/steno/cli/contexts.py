@@ -1,0 +1,31 @@
+"""What the commands about saved contexts have in common: opening a file, and what is told of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from steno.codec.container import SavedFile
+from steno.codec.identity import recipe_of
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What the header of a file says, and its bytes; raises BadArgument or DamagedFile."""
+    file = SavedFile(Path(name).expanduser())
+    header = file.header
+    return {
+        "file": name,
+        "file_bytes": file.num_bytes,
+        "decoded_bytes": file.decoded_bytes,
+        "format": 1,
+        "steno": header.get("steno"),
+        "model": header.get("model"),
+        "tokenizer": header.get("tokenizer"),
+        "dtype": header.get("dtype"),
+        "recipe": str(recipe_of(file)),
+        "level": header.get("level"),
+        "has_question": header.get("has_question"),
+        "prompt_tokens": file.specs[0].num_rows if file.specs else 0,
+        "layers": len(file.groups) - 1,
+        "chunks": len(header["chunks"]),
+    }
