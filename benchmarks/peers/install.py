@@ -23,10 +23,12 @@ STAMP = ".installed"
 def main() -> None:
     names = sorted(path.stem for path in HERE.glob("*.txt"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=names, help="repeatable; default: all")
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--folder", type=Path, default=ROOT / ".peers", help="default: .peers in the checkout")
     arguments = parser.parse_args()
-    failed = [name for name in arguments.only or names if not install(name, arguments.folder / name)]
+    if unknown := [name for name in arguments.peers if name not in names]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
+    failed = [name for name in arguments.peers or names if not install(name, arguments.folder / name)]
     if failed:
         sys.exit(f"not installed: {', '.join(failed)}; the others can be measured")
 

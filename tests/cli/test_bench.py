@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from steno.bench.peers import Peers
 from steno.bench.rows import read_rows
 from steno.cli import benching
 from steno.cli.main import run
@@ -61,6 +63,8 @@ def test_rows_report_and_json(bench: Any, tmp_path: Path, capsys: pytest.Capture
         (["--task", "jsonl:no.jsonl"], "no such file: no.jsonl"),
         (["--against", "no.jsonl"], "no such file: no.jsonl"),
         (["--recipe", "snapkv @ 1%", "--context", "500"], "a budget of 1%"),
+        (["--peer", "kvpres:snapkv@25%"], "unknown peer 'kvpres'; did you mean 'kvpress'?"),
+        (["--peer", "kvpress:snapkv@25%", "--ray"], "give --peer or --ray, not both"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -103,6 +107,24 @@ def test_against_an_earlier_run(bench: Any, tmp_path: Path, capsys: pytest.Captu
     assert "worse  niah, 500 tokens, question unseen, int4: bytes held" in capsys.readouterr().out
     assert bench("--against", old / "rows.jsonl", *SHORT, "--recipe", "int8", "--out", tmp_path / "other") == 2
     assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_left_out(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benching, "Peers", partial(Peers, tmp_path / "none"))
+    words = ["--recipe", "full", *SHORT, "--peer", "kvpress:snapkv@25%", "--peer", "kvpress:tova@25%"]
+    assert bench(*words, "--out", tmp_path / "out") == 0
+    assert (
+        capsys.readouterr().err.count("kvpress is not installed, its rows are left out; in a checkout: make peers") == 1
+    )
+    assert [row.recipe for row in read_rows(tmp_path / "out" / "rows.jsonl")] == ["full"]
+
+
+def test_the_list_of_tasks_names_each_once(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--task", "xyz", "--out", tmp_path / "out") == 2
+    names = capsys.readouterr().err.strip().rpartition("valid: ")[2].rstrip(".").split(", ")
+    assert len(names) == len(set(names)) > 10
 
 
 def test_ctrl_c_keeps_what_is_done(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from steno.bench.tasks.task import Instance, Query, Task
-from steno.decode.loop import Step
 from steno.errors import BadArgument
 from steno.session import Answer, Context, LanguageModel, ReadReport
 
@@ -65,16 +64,21 @@ class Measurement:
 @final
 @dataclass(kw_only=True)
 class Spoken:
-    """The steps of one answer, gathered. ttft_s: to the first token; step_s: each later one. logprobs `[n, V]` fp32."""
+    """The steps of one answer, gathered. ttft_s: to the first token; step_s: each later one. logprobs `[n, V]` fp32.
+
+    kv_bytes: held after the last step; kv_bytes_peak: the most until then.
+    """
 
     text: str
     token_ids: list[int]
     logprobs: Tensor
     ttft_s: float
     step_s: list[float]
+    kv_bytes: int
+    kv_bytes_peak: int
 
     @classmethod
-    def of(cls, answer: Iterator[Step]) -> Spoken:
+    def of(cls, answer: Answer) -> Spoken:
         text, ids, logprobs, times = "", list[int](), list[Tensor](), [time.perf_counter()]
         for step in answer:
             text += step.text
@@ -83,13 +87,62 @@ class Spoken:
                 ids += step.token_ids
                 logprobs.append(step.logprobs)
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-        return cls(text=text, token_ids=ids, logprobs=torch.cat(logprobs), ttft_s=seconds[0], step_s=seconds[1:])
+        return cls(
+            text=text,
+            token_ids=ids,
+            logprobs=torch.cat(logprobs),
+            ttft_s=seconds[0],
+            step_s=seconds[1:],
+            kv_bytes=answer.cache.kv_bytes,
+            kv_bytes_peak=answer.cache.kv_bytes_peak,
+        )
+
+
+class Reading(Protocol):
+    """A document that was read, by us or by a peer; as `Context`, but an answer comes as a whole."""
+
+    def report(self) -> ReadReport: ...
+    def ask(self, question: str | None, *, max_new_tokens: int, answer_prefix: str) -> Spoken: ...
+    def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str) -> Spoken: ...
+    def follow_text(self, continuation: Sequence[int]) -> Spoken: ...
+
+
+Read = Callable[[str, str | None], Reading]
+"""Reads a document, and a question with it where it is not None."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OwnReading:
+    """A document that we read."""
+
+    context: Context
+
+    def report(self) -> ReadReport:
+        return self.context.report()
+
+    def ask(self, question: str | None, *, max_new_tokens: int, answer_prefix: str) -> Spoken:
+        answer = self.context.ask(
+            question, max_new_tokens=max_new_tokens, answer_prefix=answer_prefix, keep_logprobs=True
+        )
+        return Spoken.of(answer)
+
+    def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str) -> Spoken:
+        return Spoken.of(self.context.follow_answer(answer, question, answer_prefix=answer_prefix))
+
+    def follow_text(self, continuation: Sequence[int]) -> Spoken:
+        return Spoken.of(self.context.follow_text(continuation))
+
+
+def own(lm: LanguageModel, recipe: str) -> Read:
+    """How we read under a recipe."""
+    return lambda document, question: OwnReading(context=lm.read(document, recipe, question=question))
 
 
 def measure(
-    lm: LanguageModel, task: Task, instance: Instance, recipe: str, protocol: str, reference: Reference | None
+    lm: LanguageModel, task: Task, instance: Instance, read: Read, protocol: str, reference: Reference | None
 ) -> tuple[Measurement, Reference]:
-    """Measures a recipe on one instance; also what it said, which is the reference of others where the recipe is `full`.
+    """Measures a way to read on one instance; also what it said, which is the reference of others where nothing is lost.
 
     reference: None for the full cache itself. A recipe that refuses an instance of no given length scores 0 on it.
     """
@@ -98,15 +151,15 @@ def measure(
     scores: list[float] = []
     try:
         if instance.continuation:
-            scores.append(_follow(lm, instance, recipe, reference, result, traces))
-        context = None
+            scores.append(_follow(lm, instance, read, reference, result, traces))
+        reading = None
         for i, query in enumerate(instance.queries):
             seen = query.question if protocol == "seen" else None
-            if context is None or seen is not None:
-                context = lm.read(instance.context, recipe, question=seen)
-                result.reports.append(context.report())
+            if reading is None or seen is not None:
+                reading = read(instance.context, seen)
+                result.reports.append(reading.report())
             trace = reference.traces[i] if reference is not None else None
-            scores.append(_ask(context, task, query, seen is not None, trace, result, traces))
+            scores.append(_ask(reading, task, query, seen is not None, trace, result, traces))
     except BadArgument as error:
         if task.takes_context:
             raise
@@ -117,7 +170,7 @@ def measure(
 
 
 def _ask(
-    context: Context,
+    reading: Reading,
     task: Task,
     query: Query,
     is_seen: bool,
@@ -127,15 +180,14 @@ def _ask(
 ) -> float:
     """One question: the recipe's own answer, scored; then, where it differs, the full cache's answer forced."""
     question, prefix = None if is_seen else query.question, query.answer_prefix
-    answer = context.ask(question, max_new_tokens=query.max_new_tokens, answer_prefix=prefix, keep_logprobs=True)
-    spoken = Spoken.of(answer)
-    _note(spoken, answer, result)
+    spoken = reading.ask(question, max_new_tokens=query.max_new_tokens, answer_prefix=prefix)
+    _note(spoken, result)
     traces.append(Trace.of(spoken))
     agreement = 1.0
     if trace is not None:
         logprobs = spoken.logprobs
         if tuple(spoken.token_ids) != trace.token_ids:
-            logprobs = Spoken.of(context.follow_answer(trace.token_ids, question, answer_prefix=prefix)).logprobs
+            logprobs = reading.follow_answer(trace.token_ids, question, answer_prefix=prefix).logprobs
         agreement = _compare(trace, logprobs, result)
     return task.score(spoken.text, query.answers) if query.answers else agreement
 
@@ -143,17 +195,17 @@ def _ask(
 def _follow(
     lm: LanguageModel,
     instance: Instance,
-    recipe: str,
+    read: Read,
     reference: Reference | None,
     result: Measurement,
     traces: list[Trace],
 ) -> float:
     """The continuation, forced token by token: the geometric mean of the true tokens' probabilities."""
-    context = lm.read(instance.context, recipe)
-    result.reports.append(context.report())
-    answer = context.follow_text(lm.tokenize(instance.continuation, literal=True)[: instance.continuation_tokens + 1])
-    spoken = Spoken.of(answer)
-    _note(spoken, answer, result)
+    reading = read(instance.context, None)
+    result.reports.append(reading.report())
+    continuation = lm.tokenize(instance.continuation, literal=True)
+    spoken = reading.follow_text(continuation[: instance.continuation_tokens + 1])
+    _note(spoken, result)
     traces.append(Trace.of(spoken))
     if reference is not None:
         _compare(reference.traces[0], spoken.logprobs, result)
@@ -162,13 +214,13 @@ def _follow(
     return float(torch.exp(-nats.double().mean()))
 
 
-def _note(spoken: Spoken, answer: Answer, result: Measurement) -> None:
+def _note(spoken: Spoken, result: Measurement) -> None:
     """Time and memory of an answer that was just decoded."""
     result.ttft_s.append(spoken.ttft_s)
     result.step_s += spoken.step_s
     result.new_tokens += len(spoken.token_ids)
-    result.kv_bytes_end = max(result.kv_bytes_end, answer.cache.kv_bytes)
-    result.kv_bytes_peak = max(result.kv_bytes_peak, answer.cache.kv_bytes_peak)
+    result.kv_bytes_end = max(result.kv_bytes_end, spoken.kv_bytes)
+    result.kv_bytes_peak = max(result.kv_bytes_peak, spoken.kv_bytes_peak)
 
 
 def _compare(trace: Trace, logprobs: Tensor, result: Measurement) -> float:

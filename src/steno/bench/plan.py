@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import final
 
+from steno.bench.peers import PeerMethod
 from steno.bench.tasks import find_tasks
 from steno.bench.tasks.task import Draw, Instance, Room, Task
 from steno.errors import BadArgument, PromptError
@@ -50,6 +51,7 @@ def plan_groups(
     lm: LanguageModel,
     *,
     recipes: Sequence[str],
+    peers: Sequence[str] = (),
     tasks: Sequence[str],
     contexts: Sequence[int],
     protocols: Sequence[str],
@@ -61,12 +63,13 @@ def plan_groups(
     Raises
     ------
     BadArgument
-        For an unknown task or recipe, a budget that cannot hold, a file that cannot be read, or a length that the model
+        For an unknown task, recipe or peer, a budget that cannot hold, a file that cannot be read, or a length that the model
         or the task cannot have.
     """
     if samples < 1:
         raise BadArgument(f"`samples` must be >= 1; got samples={samples}.")
     names = tuple(dict.fromkeys(str(parse_recipe(text)) for text in recipes))
+    others = tuple(dict.fromkeys(PeerMethod.parse(text).recipe for text in peers))
     found = list({task.id: task for name in tasks for task in find_tasks(name)}.values())
     groups = []
     for task in found:
@@ -87,7 +90,7 @@ def plan_groups(
                         task=task,
                         context_tokens=context,
                         protocol=protocol,
-                        recipes=names,
+                        recipes=names + others,
                         instances=instances,
                         prompt_tokens=lengths,
                     )

@@ -13,7 +13,7 @@ import torch
 from steno.bench.machine import Machine
 from steno.bench.measure import Measurement
 from steno.bench.plan import FULL, Group
-from steno.bench.rows import Row
+from steno.bench.rows import PEER, Row
 from steno.bench.stats import bootstrap, difference_interval, mean_interval, quartiles
 from steno.errors import BadArgument
 from steno.methods import METHODS
@@ -96,7 +96,7 @@ def summarize(
         prompt_tokens=_mean([r.prompt_tokens for r in reports]),
         new_tokens=_mean([m.new_tokens for m in measured if not m.refused]),
         refused=sum(bool(m.refused) for m in measured),
-        frees_memory=frees_memory(recipe),
+        frees_memory=held < full if recipe.startswith(PEER) else frees_memory(recipe),
         kv_bytes_full=round(full),
         kv_bytes=round(held),
         kv_bytes_peak=max(max(m.kv_bytes_peak for m in measured), max(r.kv_bytes_peak for r in reports)),

@@ -6,6 +6,9 @@ OUT/report.html say which recipe to take. The question is not seen by compressio
 tasks: niah (depth by length), perplexity, questions, long_generation, stress, RULER's niah_single_1..3, niah_multikey_1..3,
 niah_multivalue, niah_multiquery, vt, cwe, fwe; groups: ruler, all; your own: jsonl:FILE with lines
 {"context", "question", "answers"}, longbench:FILE, perplexity:FILE (text), qa_1:FILE and qa_2:FILE (SQuAD format).
+
+peers, other projects' caches on the same instances (`make peers` in a checkout installs them): transformers:dynamic,
+transformers:quanto4, quanto2, hqq4, hqq2; kvpress:METHOD@SHARE, e.g. kvpress:snapkv@25%%.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ DEFAULT_TASK, DEFAULT_CONTEXT, DEFAULT_SAMPLES = "niah", 2048, 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="as for `steno ask` (default: smollm2-135m)")
     parser.add_argument("--recipe", metavar="R", action="append", help="repeatable (default: a choice of five)")
+    parser.add_argument(
+        "--peer",
+        metavar="P",
+        action="append",
+        help="another project's cache, NAME:METHOD or NAME:METHOD@SHARE; repeatable",
+    )
     parser.add_argument("--task", metavar="T", action="append", help=f"repeatable (default: {DEFAULT_TASK})")
     parser.add_argument(
         "--context", metavar="N", type=int, action="append",

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from steno.bench.cluster import Spec, run_on_ray
 from steno.bench.compare import compare
+from steno.bench.peers import PeerError, PeerMethod, Peers
 from steno.bench.plan import Group, plan_groups
 from steno.bench.report.write import can_draw, write_report
 from steno.bench.rows import PEER, ROWS_FILE, Row, read_rows
@@ -40,6 +41,7 @@ class Wish:
 
     model: str
     recipes: list[str]
+    peers: list[str]
     tasks: list[str]
     contexts: list[int]
     protocols: list[str]
@@ -52,11 +54,12 @@ class Wish:
     def of(cls, arguments: argparse.Namespace, earlier: Sequence[Row]) -> Wish:
         earlier = [row for row in earlier if not row.recipe.startswith(PEER)]
         sized = [row for row in earlier if row.sized]
-        chosen = arguments.recipe or arguments.task or arguments.context or arguments.protocol
+        chosen = arguments.recipe or arguments.peer or arguments.task or arguments.context or arguments.protocol
         samples = max((row.samples for row in sized or earlier), default=DEFAULT_SAMPLES)
         return cls(
             model=arguments.model or (earlier[0].model if earlier else DEFAULT_MODEL),
             recipes=arguments.recipe or [row.recipe for row in earlier] or list(DEFAULT_RECIPES),
+            peers=present_peers(arguments.peer or ()),
             tasks=arguments.task or [row.task for row in earlier] or [DEFAULT_TASK],
             contexts=arguments.context or [row.context_tokens for row in sized] or [DEFAULT_CONTEXT],
             protocols=arguments.protocol or [r.protocol for r in earlier if r.protocol != "none"] or ["unseen"],
@@ -70,6 +73,7 @@ class Wish:
         groups = plan_groups(
             lm,
             recipes=self.recipes,
+            peers=self.peers,
             tasks=self.tasks,
             contexts=self.contexts,
             protocols=self.protocols,
@@ -88,15 +92,31 @@ class Wish:
         return [group for group in wanted if group.recipes]
 
 
+def present_peers(texts: Sequence[str]) -> list[str]:
+    """Those that are installed; a notice for each project that is not."""
+    methods = [PeerMethod.parse(text) for text in texts]
+    peers = Peers()
+    for project in dict.fromkeys(method.project for method in methods):
+        if not peers.installed(project):
+            print(
+                f'steno: {project} is not installed, its rows are left out; in a checkout: make peers PEERS="{project}"',
+                file=sys.stderr,
+            )
+    return [str(method) for method in methods if peers.installed(method.project)]
+
+
 def run_bench(arguments: argparse.Namespace) -> int:
     """Plans, measures, reports and compares; the exit status of the command."""
     for recipe in arguments.recipe or ():
         parse_recipe(recipe)  # a typing mistake is told before anything is loaded
+    if arguments.peer and arguments.ray:
+        raise BadArgument("peers run on this machine alone: give --peer or --ray, not both.")
     earlier = read_rows(Path(arguments.against)) if arguments.against else []
     if arguments.against and not earlier:
         raise BadArgument(f"{arguments.against} has no rows to compare with.")
     wish, out = Wish.of(arguments, earlier), Path(arguments.out)
-    lm = load(wish.model, dtype=arguments.dtype, device=arguments.device)
+    dtype = arguments.dtype or (earlier[0].dtype if earlier else None)
+    lm = load(wish.model, dtype=dtype, device=arguments.device)
     subject = Subject.of(lm, wish.model, wish.seed)
     groups = wish.groups(lm)
     rows = open_rows(out, subject.experiment, groups, resume=arguments.resume)
@@ -104,7 +124,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     try:
         with FileLock(out / f"{ROWS_FILE}.lock", timeout=0):
             try:
-                _measure(arguments, subject, groups, rows, out)
+                failed = _measure(arguments, subject, groups, rows, out)
             finally:
                 if rows:
                     _report(out, rows)
@@ -119,28 +139,38 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         for row in rows:
             print(json.dumps(asdict(row)))
-    return _compare(rows, earlier, sys.stderr if arguments.json else sys.stdout) if earlier else 0
+    status = _compare(rows, earlier, sys.stderr if arguments.json else sys.stdout) if earlier else 0
+    return FAILED if failed else status
 
 
 def _measure(
     arguments: argparse.Namespace, subject: Subject, groups: Sequence[Group], rows: list[Row], out: Path
-) -> None:
-    """Measures what is missing and adds it to `rows`."""
+) -> int:
+    """Measures what is missing and adds it to `rows`; how many rows of peers failed."""
     left = todo(groups, rows)
     num_left = sum(len(recipes) for _, recipes in left)
     if rows:
         print(f"steno: {len(rows)} rows are there already, {num_left} are left", file=sys.stderr)
     if not left:
-        return
-    with _bar(work_tokens(left), num_left) as (tick, done):
+        return 0
+    num_failed = 0
+
+    def failed(group: Group, recipe: str, error: PeerError) -> None:
+        nonlocal num_failed
+        num_failed += 1
+        print(f"steno: {recipe} failed on {group.task.id} {group.row_context_tokens}: {error}", file=sys.stderr)
+
+    peers = Peers()
+    with peers, _bar(work_tokens(left), num_left) as (tick, done):
         if arguments.ray:
-            spec = Spec(model=subject.model, dtype=arguments.dtype, device=arguments.device, seed=subject.seed)
+            spec = Spec(model=subject.model, dtype=subject.experiment[1], device=arguments.device, seed=subject.seed)
             found = run_on_ray(arguments.ray, spec, left, out / ROWS_FILE, tick)
         else:
-            found = run(Bench(subject=subject), left, out / ROWS_FILE, tick)
+            found = run(Bench(subject=subject, peers=peers), left, out / ROWS_FILE, tick, failed)
         for row in found:
             rows.append(row)
             done(row)
+    return num_failed
 
 
 def _report(out: Path, rows: Sequence[Row]) -> None:

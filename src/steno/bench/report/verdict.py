@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 from steno.bench.plan import FULL
-from steno.bench.rows import Row
+from steno.bench.rows import PEER, Row
 
 Cost = Callable[[Row], float | None]
 GroupKey = tuple[str, int, str]
@@ -72,7 +72,7 @@ def means(rows: Sequence[Row]) -> list[Mean]:
 
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Sentences: which recipe holds least without a loss that could be shown, and how small a loss could be seen."""
-    candidates = [mean for mean in means(rows) if mean.recipe != FULL]
+    candidates = [mean for mean in means(rows) if mean.recipe != FULL and not mean.recipe.startswith(PEER)]
     if not candidates:
         return ["No recipe beside the full cache was measured on all tasks."]
     lines = []
@@ -134,7 +134,8 @@ def command(rows: Sequence[Row]) -> str:
     first, sized = rows[0], [row for row in rows if row.sized]
     words = ["steno", "bench", "--model", first.model]
     for name, values in (
-        ("--recipe", [row.recipe for row in rows]),
+        ("--recipe", [row.recipe for row in rows if not row.recipe.startswith(PEER)]),
+        ("--peer", [row.recipe.removeprefix(PEER) for row in rows if row.recipe.startswith(PEER)]),
         ("--task", [row.task for row in rows]),
         ("--context", [row.context_tokens for row in sized]),
         ("--protocol", [row.protocol for row in rows if row.protocol != "none"]),

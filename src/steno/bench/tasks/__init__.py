@@ -60,5 +60,5 @@ def find_tasks(name: str) -> list[Task]:
     if name not in TASKS:
         if kind in FILE_TASKS:
             raise BadArgument(f"task {kind!r} reads a file: write `{kind}:FILE`.")
-        raise BadArgument(f"unknown task {name!r}; {nearest(name, [*TASKS, *GROUPS, *FILE_TASKS])}")
+        raise BadArgument(f"unknown task {name!r}; {nearest(name, {*TASKS, *GROUPS, *FILE_TASKS})}")
     return [TASKS[name]]
