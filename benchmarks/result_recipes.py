@@ -1,0 +1,91 @@
+"""What `make results-rows` measures: recipes for every method of the tables, the peers' methods, tasks and lengths.
+
+A method that is new in the tables comes in by itself, in the form of its kind; one that needs another form stands in `FORMS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from steno.bench.peers import PROJECTS
+from steno.errors import RecipeError
+from steno.methods import METHODS
+from steno.recipe import parse_recipe
+
+MODEL, DTYPE, SEED = "smollm2-135m", "bfloat16", 0
+BUDGETS = ("50%", "25%", "12.5%")
+MIDDLE = "25%"
+"""The budget at which every task is measured."""
+CONTEXTS = (512, 1024)
+NEEDLES = {"niah": 3, "niah_single_1": 2, "niah_multivalue": 2, "niah_multiquery": 2, "questions": 2}
+"""Tasks with right answers, and their instances at each length; the last three ask for four or five values each."""
+TEXT = {"perplexity": 2}
+TASKS = NEEDLES | TEXT
+AT_ALL_BUDGETS = ("niah", "questions")
+"""Tasks that are measured at the other budgets too."""
+
+BY_KIND = {
+    "score": "{id} @ {budget}",
+    "allocate": "snapkv | {id} @ {budget}",
+    "merge": "snapkv | {id} @ {budget}",
+    "transform": "{id} | int4",
+    "share": "{id}",
+    "quantize": "{id}",
+    "access": "{id}",
+}
+"""The recipe that shows a method of each kind: what chooses among scores stands behind snapkv, a basis before int4."""
+FORMS = {
+    "uniform": (),  # the default
+    "evict": (),  # the default
+    "all": (),  # the default
+    "adakv": ("kvzip | adakv @ {budget}", "snapkv | adakv @ {budget}"),
+    "kivi": ("kivi(bits=4)", "kivi(bits=2)", "kvzip | adakv | kivi(bits=4) @ {budget}"),
+}
+"""Methods whose form is another one, or several, or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A recipe or a peer's method. budget: of `BUDGETS`, None where it takes none."""
+
+    text: str
+    budget: str | None
+    is_peer: bool
+
+
+def entries() -> tuple[list[Entry], dict[str, str]]:
+    """Everything that is measured, and why a method of the tables is not."""
+    found = [Entry(text="full", budget=None, is_peer=False)]
+    left_out: dict[str, str] = {}
+    for name, method in METHODS.items():
+        if method.trained:
+            left_out[name] = "it needs weights that are trained for the model first"
+            continue
+        for form in FORMS.get(name, (BY_KIND[method.kind],)):
+            try:
+                found += [_checked(form.format(id=name, budget=budget), budget) for budget in _budgets(form)]
+            except RecipeError as error:
+                left_out[name] = f"`{form}` is no recipe: {error}"
+    return found + list(_peers()), left_out
+
+
+def _budgets(form: str) -> tuple[str | None, ...]:
+    return BUDGETS if "{budget}" in form else (None,)
+
+
+def _checked(text: str, budget: str | None) -> Entry:
+    return Entry(text=str(parse_recipe(text)), budget=budget, is_peer=False)
+
+
+def _peers() -> Iterator[Entry]:
+    for name, project in PROJECTS.items():
+        for method in project.methods:
+            for budget in BUDGETS if project.takes_share else (None,):
+                text = f"{name}:{method}" + (f"@{budget}" if budget else "")
+                yield Entry(text=text, budget=budget, is_peer=True)
+
+
+def wanted(task: str) -> list[Entry]:
+    """What is measured on a task."""
+    return [e for e in entries()[0] if e.budget in (None, MIDDLE) or task in AT_ALL_BUDGETS]
