@@ -12,7 +12,7 @@ HAS_SANITIZERS = for name in asan ubsan; do test -e "$$($(CXX) -print-file-name=
 RESULTS := benchmarks/results
 FIGURES := docs/figures
 
-.PHONY: demo test test-native slow lint model bench-speed peers peers-bench clean
+.PHONY: demo test test-native slow lint model bench-speed peers peers-bench results results-rows clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -56,6 +56,14 @@ peers: $(VENV)/.installed
 peers-bench: model
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-cpu.jsonl
 
+# docs/results.md and its figures from the rows of the repository
+results: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/results_page.py
+
+# these rows, hours on two cores; goes on where it was interrupted; peers only where `make peers` was run before
+results-rows: model
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results_rows.py
+
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "steno needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -82,7 +90,7 @@ $(VENV)/.browser: $(VENV)/.installed-dev
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib altair vl-convert-python
 	touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed-dev setup.py $(NATIVE)
