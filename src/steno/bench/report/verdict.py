@@ -104,14 +104,15 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What was measured, on what, and what was kept fixed: pairs of a name and words."""
     first = rows[0]
     dates = sorted(row.measured_at[:10] for row in rows)
-    hosts = dict.fromkeys(f"{row.host}, {row.threads} threads" for row in rows)
-    versions = dict.fromkeys(", ".join(f"{name} {version}" for name, version in row.versions.items()) for row in rows)
+    hosts = dict.fromkeys(f"{row.host}, {row.threads} thread{'s' * (row.threads != 1)}" for row in rows)
+    # each once: the rows of a peer have its versions beside ours
+    versions = dict.fromkeys(f"{name} {version}" for row in rows for name, version in row.versions.items())
     commits = dict.fromkeys(row.git_sha[:12] + "-dirty" * row.git_sha.endswith("-dirty") for row in rows if row.git_sha)
     samples = sorted({row.samples for row in rows})
     return [
         ("Model", f"{first.model} ({first.model_hash}), computing in {first.dtype} on {first.device}"),
         ("Machine", "; ".join(hosts)),
-        ("Versions", "; ".join(versions) + (f"; commit {', '.join(commits)}" if commits else "")),
+        ("Versions", ", ".join(versions) + (f"; commit {', '.join(commits)}" if commits else "")),
         ("Measured", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
         (
             "Kept fixed",
