@@ -49,7 +49,7 @@ bench-speed: model $(VENV)/.installed-bench
 	if test -d .peers; then $(BIN)/python benchmarks/peers.py --json $(RESULTS)/peers-cpu.jsonl; fi
 	$(BIN)/python benchmarks/report.py
 
-# other projects, each in its own environment under .peers (about 8 GB); some: make peers PEERS="kvpress transformers"; docs/peers.md
+# other projects, each in its own environment under .peers (over 5 GB); some: make peers PEERS="kvpress transformers"; docs/peers.md
 peers: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers/install.py $(PEERS)
 
