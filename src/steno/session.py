@@ -11,7 +11,6 @@ from typing import Any, final
 
 import torch
 
-from steno.calibration import save_calibration
 from steno.codec.cache import read_tokens, restore_cache, save_cache
 from steno.codec.container import SavedFile
 from steno.codec.identity import about_model, check_model, recipe_of

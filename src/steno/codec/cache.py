@@ -52,6 +52,8 @@ def _store_layer(writer: FileWriter, idx: int, layer: Any) -> dict[str, Any]:
     rows, row = layer.content, layer.content.rows[0]
     if row.bases:
         raise CacheError("a file cannot hold segments in another basis yet; save with a recipe without a transform.")
+    if rows.selector is not None:
+        raise CacheError("a file cannot hold what page selection reads yet; save with a recipe without an access stage.")
     keys, values = rows.tail.row(0)
     num_heads, num_tail, head_dim = keys.shape
     return {
@@ -152,7 +154,7 @@ def _restore_layer(
     )
     rope = layer.rope_of(keys.device) if Need.ROPE in layer.policy.needs else None
     writer = SegmentWriter(policy=layer.policy, layer_idx=layer.layer_idx, num_layers=layer.num_layers, rope=rope)
-    layer.content = PagedRows([row], tail, writer)
+    layer.content = PagedRows([row], tail, writer, layer.reading.shared)
     layer.seen, layer.row_seen, layer.is_initialized = seen, [seen], True
     layer.token_bytes = 2 * heads * dim * dtype.itemsize
     layer.measure()

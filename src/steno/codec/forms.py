@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from steno.cache.segment import DenseSegment, PagedSegment, Segment, page_summaries
+from steno.cache.segment import DenseSegment, PagedSegment, Segment
 from steno.errors import BadArgument, CacheError, DamagedFile
 from steno.kernels.quant import Pages, page_bytes
 from steno.kernels.quant.packing import code_bytes
@@ -53,7 +52,7 @@ def _store_dense(segment: DenseSegment) -> Stored:
     if segment.counts is not None:
         matrices["log_counts"] = segment.counts[:, None]
     return Stored(
-        fields={"offsets": list(segment.offsets), "summaries": segment.page_bounds is not None},
+        fields={"offsets": list(segment.offsets)},
         matrices={name: Matrix(rows=x, offsets=segment.offsets, row_tokens=1) for name, x in matrices.items()},
     )
 
@@ -65,22 +64,18 @@ def _build_dense(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_h
     _expect(values, (offsets[-1], head_dim))
     if keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"a dense segment holds floats of one kind, not {keys.dtype} and {values.dtype}")
-    bounds = tuple(page_summaries(keys[a:b]) for a, b in pairwise(offsets)) if fields["summaries"] else None
-    return DenseSegment(
-        keys=keys, values=values, offsets=offsets, counts=_counts(tensors, offsets[-1]), page_bounds=bounds
-    )
+    return DenseSegment(keys=keys, values=values, offsets=offsets, counts=_counts(tensors, offsets[-1]))
 
 
 def _store_pages(segment: PagedSegment) -> Stored:
     pages, offsets = segment.pages, segment.offsets
+    if pages.fmt.codebook is not None:
+        raise CacheError(f"a file cannot hold pages of {pages.fmt.codebook} levels yet; save with another recipe.")
     matrices = {
         name: Matrix(rows=x, offsets=offsets, row_tokens=PAGE_TOKENS, context_columns=x.shape[1])
         for name, x in (("key_codes", pages.key_codes), ("value_codes", pages.value_codes))
     }
     others = {"key_params": pages.key_params.flatten(1), "value_params": pages.value_params.flatten(1)}
-    if segment.page_bounds is not None:
-        low, high = zip(*segment.page_bounds, strict=True)
-        others |= {"key_min": torch.cat(low), "key_max": torch.cat(high)}
     matrices |= {name: Matrix(rows=x, offsets=offsets, row_tokens=PAGE_TOKENS) for name, x in others.items()}
     if segment.counts is not None:
         counts = segment.counts.reshape(-1, PAGE_TOKENS)
@@ -94,7 +89,8 @@ def _store_pages(segment: PagedSegment) -> Stored:
 
 def _build_pages(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Segment:
     offsets = _offsets(fields["offsets"], num_heads)
-    fmt = PageFormat(**{name: _int(fields[name]) for name in ("bits", "key_group", "value_group")})
+    bits, key_group, value_group = (_int(fields[name]) for name in ("bits", "key_group", "value_group"))
+    fmt = PageFormat(bits=bits, key_group=key_group, value_group=value_group)
     num_pages, of_page = offsets[-1], page_bytes(fmt, head_dim)
     key_groups, value_groups = PAGE_TOKENS // fmt.key_group, -(-head_dim // fmt.value_group)
     codes = [tensors["key_codes"], tensors["value_codes"]]
@@ -113,14 +109,7 @@ def _build_pages(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_h
         key_params=params[0].reshape(shapes[0]),
         value_params=params[1].reshape(shapes[1]),
     )
-    bounds = None
-    if "key_min" in tensors:
-        low, high = tensors["key_min"], tensors["key_max"]
-        _expect(low, (num_pages, head_dim))
-        _expect(high, (num_pages, head_dim), low.dtype)
-        bounds = tuple((low[a:b], high[a:b]) for a, b in pairwise(offsets))
-    counts = _counts(tensors, num_pages, PAGE_TOKENS)
-    return PagedSegment(pages=pages, offsets=offsets, counts=counts, page_bounds=bounds)
+    return PagedSegment(pages=pages, offsets=offsets, counts=_counts(tensors, num_pages, PAGE_TOKENS))
 
 
 FORMS: Mapping[type[Segment], tuple[str, Form]] = MappingProxyType({
