@@ -66,8 +66,16 @@ class StenoWarning(UserWarning):
     """Something works, but not as well or not as the caller may expect."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid choice, or all of them."""
+MANY = 20
+"""So many valid choices are no longer listed in a message."""
+
+
+def nearest(name: str, choices: Iterable[str], *, where: str = "") -> str:
+    """The end of an error message: the nearest valid choice, or all of them; of very many, `where` they are listed."""
     names = sorted(choices)
     match = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"valid: {', '.join(names)}."
+    if match:
+        return f"did you mean {match[0]!r}?"
+    return (
+        f"{where} lists the {len(names)} valid ones." if where and len(names) > MANY else f"valid: {', '.join(names)}."
+    )

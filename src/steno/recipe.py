@@ -361,7 +361,7 @@ def _build(node: ast.expr) -> Method:
     if name == "full":
         raise RecipeError("`full` is the whole cache and stands alone.")
     if name not in METHODS:
-        raise RecipeError(f"unknown method {shown(name)}; {nearest(name.lower(), METHODS)}")
+        raise RecipeError(f"unknown method {shown(name)}; {nearest(name.lower(), METHODS, where='`steno methods`')}")
     try:
         return cast(Method, METHODS[name](**_arguments(name, call)))
     except RecipeError:

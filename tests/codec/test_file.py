@@ -21,7 +21,7 @@ from tiny import save_with_bytes
 DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 9
 RECIPES = [
     "full", "int8", "int4", "kivi(bits=2)", "snapkv(window=16) @ 40%",
-    "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "kvzip | adakv @ 40%", "int4 | quest",
+    "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "kvzip | adakv @ 40%",
 ]  # fmt: skip
 
 

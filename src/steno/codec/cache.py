@@ -53,7 +53,9 @@ def _store_layer(writer: FileWriter, idx: int, layer: Any) -> dict[str, Any]:
     if row.bases:
         raise CacheError("a file cannot hold segments in another basis yet; save with a recipe without a transform.")
     if rows.selector is not None:
-        raise CacheError("a file cannot hold what page selection reads yet; save with a recipe without an access stage.")
+        raise CacheError(
+            "a file cannot hold what page selection reads yet; save with a recipe without an access stage."
+        )
     keys, values = rows.tail.row(0)
     num_heads, num_tail, head_dim = keys.shape
     return {
