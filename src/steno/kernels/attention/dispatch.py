@@ -40,6 +40,7 @@ def attend(
     impl: `auto` (native for CPU tensors where the library is there, Triton for CUDA tensors where it is installed, else
         naive), `cpu`, `triton` or `naive`.
     isa: instruction set of the native kernel, one of `native.ISAS`; None: the best of this machine.
+        With pages of a codebook avx512 stands in for vnni and bf16.
     num_threads: threads of the native kernel; None: `torch.get_num_threads()`.
 
     Returns

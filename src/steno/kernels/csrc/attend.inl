@@ -3,10 +3,10 @@
 // sub, mul, div, fma, max, prefetch, prefetch_far, round, times_pow2, fraction, times_pow2_floor, any_greater, abs_of,
 // with_sign_of, hsum, hsum16, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, load_line,
 // load_bytes, shift_right, shift_left, and_of, or_of, plus, halves_of, Table, load_table, look_up, decode_low,
-// transpose16 and kAccumulators, the F that fit its registers, and includes math.inl, operands.inl, levels.inl, one of
-// codes.inl and dots.inl, products.inl, and one of bfloats.inl and bfloat_dots.inl before. Nothing here may be shared
-// between the builds: the linker would keep one copy, with instructions that a machine may lack. So no std:: templates
-// either.
+// transpose16 and kAccumulators, the F that fit its registers, and includes math.inl, operands.inl, no_levels.inl or
+// levels.inl and maybe level_products.inl, one of codes.inl and dots.inl, products.inl, and one of bfloats.inl and
+// bfloat_dots.inl before. Nothing here may be shared between the builds: the linker would keep one copy, with
+// instructions that a machine may lack. So no std:: templates either.
 
 constexpr int kTileVectors = kPageTokens / kLanes;
 constexpr float kInfinity = __builtin_inff();
@@ -218,6 +218,11 @@ void load_queries(const Problem &p, const Unit &unit, float *dst) {
     }
 }
 
+// Up to how many vectors a span is read in place.
+inline int64_t max_direct_vectors(int64_t format) {
+    return is_book(format) ? kMaxLevelVectors : format > kHalf ? kMaxCodeVectors : kMaxDirect;
+}
+
 void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, const Scratch &scratch,
             const Partial &out) {
     load_queries(p, unit, scratch.q);
@@ -228,7 +233,7 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
         const Entry &e = *span.entry;
         const int64_t tokens = e.tokens - (span.is_tail ? hidden_from(p, last) : 0);
         const int64_t tiles = count_tiles(p, e, span.is_tail, last);
-        const bool in_place = unit.num_vectors <= (is_paged(e) && !is_book(e.format) ? kMaxCodeVectors : kMaxDirect);
+        const bool in_place = unit.num_vectors <= max_direct_vectors(e.format);
         // scratch holds one tile
         const int64_t batch_size = in_place && (is_paged(e) || dim % kLanes == 0) ? kBatch : 1;
         Batch batch;
@@ -253,12 +258,15 @@ void attend(const Problem &p, const Unit &unit, int64_t begin, int64_t end, cons
 template <int M>
 void multiply_vectors(const MatrixProblem &p, const Operand &first, int64_t code_step, int64_t param_step, int64_t v,
                       const Scratch &scratch) {
-    for (int64_t i = 0; i < p.num_matrices; i += kBatch) {
-        const int64_t count = p.num_matrices - i < kBatch ? p.num_matrices - i : kBatch;
+    const bool in_place = M <= max_direct_vectors(p.format);
+    const int64_t batch_size = in_place ? kBatch : 1;  // scratch holds one
+    for (int64_t i = 0; i < p.num_matrices; i += batch_size) {
+        const int64_t count = p.num_matrices - i < batch_size ? p.num_matrices - i : batch_size;
         Operand batch[kBatch];
         for (int64_t j = 0; j < count; j++) {
             batch[j] = first;
             batch[j].codes += (i + j) * code_step, batch[j].params += (i + j) * param_step;
+            if (!in_place) batch[j] = dequantize(batch[j], scratch.keys);
         }
         float *const out = p.out + v * p.out_stride + i * p.out_step;
         multiply<M>(batch, count, p.x + v * p.x_stride + i * p.x_step, p.x_step, p.x_stride, scratch,

@@ -169,6 +169,7 @@ inline F hsum16(const F *x) {
 #include "math.inl"
 #include "operands.inl"
 #include "levels.inl"
+#include "level_products.inl"
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"

@@ -18,6 +18,7 @@ namespace {
 #include "math.inl"
 #include "operands.inl"
 #include "levels.inl"
+#include "level_products.inl"
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"

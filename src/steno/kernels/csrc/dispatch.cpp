@@ -293,6 +293,10 @@ float *scratch_memory(int64_t count) {
     return memory.get();
 }
 
+bool has_books(const Problem &p) {
+    return std::any_of(p.entries, p.entries + p.offsets[p.num_heads], [](const Entry &e) { return is_book(e.format); });
+}
+
 bool page_ids_fit(const Problem &p) {
     for (int32_t e = 0; e < p.offsets[p.num_heads]; e++) {
         const int64_t pages = ceil_div(p.entries[e].tokens, kPageTokens);
@@ -328,6 +332,16 @@ const Kernels *find_kernels(int32_t isa) {
     return isa == 0 ? &kPortableKernels : nullptr;
 }
 
+namespace {
+
+// Codebooks are compiled for portable, AVX2 and AVX-512 only, so a problem with one takes AVX-512 instead of VNNI or BF16.
+const Kernels *kernels_for(int32_t isa, bool has_books) {
+    const Kernels *found = find_kernels(isa);
+    return has_books && (found == &kVnniKernels || found == &kBf16Kernels) ? &kAvx512Kernels : found;
+}
+
+}  // namespace
+
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
@@ -338,10 +352,11 @@ EXPORT int32_t steno_has_isa(int32_t isa) { return find_kernels(isa) != nullptr;
 
 // 0: done, 1: no such instruction set, 3: out of memory.
 EXPORT int32_t steno_multiply(const MatrixProblem *problem) try {
-    const Kernels *kernels = find_kernels(problem->isa);
+    const Kernels *kernels = kernels_for(problem->isa, is_book(problem->format));
     if (!kernels) return 1;
-    Problem sizes{};  // of a page with as many channels
-    sizes.head_dim = std::max(problem->rows, problem->columns);
+    Problem sizes{};  // of a page with as many channels, and as many numbers
+    const int64_t numbers = problem->rows * ceil_div(problem->columns, kLanes) * kLanes;
+    sizes.head_dim = std::max({problem->rows, problem->columns, ceil_div(numbers, kPageTokens)});
     Arena counted{nullptr};
     Worker(counted, sizes, 1);
     Arena arena{scratch_memory(counted.used)};
@@ -355,7 +370,7 @@ EXPORT int32_t steno_multiply(const MatrixProblem *problem) try {
 // 0: done, 1: no such instruction set, 2: a page id lies outside its span, 3: out of memory. With 1 and 2 nothing was appended.
 EXPORT int32_t steno_attend(const Problem *problem, const NewTokens *tokens) try {
     const Problem &p = *problem;
-    const Kernels *kernels = find_kernels(p.isa);
+    const Kernels *kernels = kernels_for(p.isa, has_books(p));
     if (!kernels) return 1;
     if (!page_ids_fit(p)) return 2;
     if (tokens->keys) append(p, *tokens);

@@ -1,6 +1,5 @@
 // Codes that stand for the levels of a codebook, with a scale per group and no minimum. Every code becomes a float in a
-// register, by a table look-up or, of 8 bits, by arithmetic. Scales differ from row to row, and are folded into the
-// coefficients; or they differ from column to column, and multiply what the rows of a group add up to.
+// register, by a table look-up or, of 8 bits, by arithmetic. Scales differ from row to row or from column to column.
 
 // How the rows of a block lie: kRows of them in kBytes.
 template <int kBits>
@@ -91,99 +90,9 @@ inline float scale_at(const Operand &a, int64_t at) {
     return half_to_float(static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7)) * 256.f * page_scale(a);
 }
 
-// Rows of coefficients: those of the last line too, which may be of 32 rows, or end one behind the last one.
-inline int64_t level_rows(const Operand &a) { return ceil_div(a.rows, 32) * 32 + kLanes; }
-
-// Coefficients [M][groups][level_rows] with the scales of the rows folded in, or [M][level_rows] where columns have scales.
-template <int M>
-inline void fold_scales(const Operand &a, const float *x, int64_t x_stride, float *coef) {
-    const int64_t rows = a.rows, stride = level_rows(a), groups = a.scale_rows ? 1 : a.groups;
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t r = 0; r < stride; r += kLanes) {
-            const F scale = a.scale_rows || r >= rows ? set1(1.f) : load_scales(a, g * rows + r, rows - r);
-            for (int m = 0; m < M; m++)
-                store(coef + (m * groups + g) * stride + r, mul(load_first(x + m * x_stride + r, rows - r), scale));
-        }
-}
-
-// The N blocks from `block`; kByColumn: columns have scales.
-template <bool kByColumn, int M, int N, class Book>
-inline void multiply_level_blocks(const Operand &a, const Book &book, int64_t block, const float *coefs,
-                                  const Target &t) {
-    using Line = Lines<Book::kBits>;
-    F total[M][N], part[M][N];
-    unroll<M * N>([&](auto i) STENO_INLINE {
-        total[i / N][i % N] = load(t.start + i / N * t.start_stride + (block + i % N) * kLanes);
-        part[i / N][i % N] = set1(0.f);
-    });
-    const int64_t rows = level_rows(a), stride = kByColumn ? rows : a.groups * rows;
-    const float *coef[N];
-    unroll<N>([&](auto n) STENO_INLINE { coef[n] = coefs + (kByColumn ? 0 : a.group_of(block + n) * rows); });
-    int64_t group = 0, end = a.scale_rows;
-    const auto close_group = [&]() STENO_INLINE {
-        unroll<N>([&](auto n) STENO_INLINE {
-            const F scale = load_scales(a, (group * a.blocks + block + n) * kLanes, kLanes);
-            unroll<M>([&](auto m) STENO_INLINE {
-                total[m][n] = fma(part[m][n], scale, total[m][n]);
-                part[m][n] = set1(0.f);
-            });
-        });
-        group++, end += a.scale_rows;
-    };
-    const int64_t step = a.blocks * Line::kBytes, next = a.next_codes;
-    const uint8_t *lines = a.codes + block * Line::kBytes;
-    for (int64_t r = 0; r < a.rows; r += Line::kRows, lines += step) {
-        I line[N];
-        unroll<N>([&](auto n) STENO_INLINE {
-            prefetch(lines + next + n * Line::kBytes);
-            line[n] = Line::load(lines + n * Line::kBytes);
-        });
-        unroll<Line::kRows>([&](auto i) STENO_INLINE {
-            if constexpr (kByColumn && (Book::kBits == kTrits || i == 0)) {  // other lines lie in one group
-                if (r + i == end && end < a.rows) close_group();
-            }
-            F x[N];
-            unroll<N>([&](auto n) STENO_INLINE { x[n] = book(Line::template field<i>(line[n])); });
-            unroll<M>([&](auto m) STENO_INLINE {
-                unroll<N>([&](auto n) STENO_INLINE {
-                    F &sum = kByColumn ? part[m][n] : total[m][n];
-                    sum = fma(set1(coef[n][m * stride + r + i]), x[n], sum);
-                });
-            });
-        });
-    }
-    if constexpr (kByColumn) close_group();
-    unroll<M * N>([&](auto i) STENO_INLINE {
-        store(t.out + i / N * t.out_stride + (block + i % N) * kLanes, total[i / N][i % N]);
-    });
-}
-
-template <bool kByColumn, int M, class Book>
-inline void multiply_level_matrix(const Operand &a, const Book &book, const float *coef, const Target &t) {
-    constexpr int kUsed = kByColumn ? 2 * M : M;
-    constexpr int N = kUsed * 4 <= kAccumulators ? 4 : kUsed * 2 <= kAccumulators ? 2 : 1;
-    int64_t block = 0;
-    for (; block + N <= a.blocks; block += N) multiply_level_blocks<kByColumn, M, N>(a, book, block, coef, t);
-    for (; block < a.blocks; block++) multiply_level_blocks<kByColumn, M, 1>(a, book, block, coef, t);
-}
-
-// The products of a batch of matrices of one shape.
-template <int M>
-inline void multiply_levels(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
-                            const Scratch &scratch, Target t) {
-    for (int64_t i = 0; i < count; i++, a++, x += x_step) {
-        fold_scales<M>(*a, x, x_stride, scratch.coef);
-        with_book(*a, [&](const auto &book) {
-            if (a->scale_rows) multiply_level_matrix<true, M>(*a, book, scratch.coef, t);
-            else multiply_level_matrix<false, M>(*a, book, scratch.coef, t);
-        });
-        t.start += t.start_step, t.out += t.out_step;
-    }
-}
-
 // dst[r][c] = scale * level, dst [rows][blocks * 16].
 template <class Book>
-inline void dequantize_levels(const Operand &a, const Book &book, float *dst) {
+inline void dequantize_book(const Operand &a, const Book &book, float *dst) {
     using Line = Lines<Book::kBits>;
     const uint8_t *lines = a.codes;
     for (int64_t first = 0; first < a.rows; first += Line::kRows)
@@ -199,10 +108,6 @@ inline void dequantize_levels(const Operand &a, const Book &book, float *dst) {
         }
 }
 
-inline Operand dequantize(Operand x, float *dst) {
-    if (is_book(x.format)) with_book(x, [&](const auto &book) { dequantize_levels(x, book, dst); });
-    else if (x.format == kInt8) dequantize_as<8>(x, dst);
-    else if (x.format == kInt4) dequantize_as<4>(x, dst);
-    else dequantize_as<2>(x, dst);
-    return plain_operand(kFloat, dst, x.rows, x.blocks);
+inline void dequantize_levels(const Operand &a, float *dst) {
+    with_book(a, [&](const auto &book) { dequantize_book(a, book, dst); });
 }

@@ -107,3 +107,13 @@ inline Operand copy_values(const Entry &e, int64_t token, int64_t count, int64_t
                   load_dense(e.format, e.values, (token + t) * dim + b * kLanes, dim - b * kLanes));
     return plain_operand(kFloat, dst, count, blocks);
 }
+
+inline void dequantize_levels(const Operand &x, float *dst);  // levels.inl
+
+inline Operand dequantize(const Operand &x, float *dst) {
+    if (is_book(x.format)) dequantize_levels(x, dst);
+    else if (x.format == kInt8) dequantize_as<8>(x, dst);
+    else if (x.format == kInt4) dequantize_as<4>(x, dst);
+    else dequantize_as<2>(x, dst);
+    return plain_operand(kFloat, dst, x.rows, x.blocks);
+}

@@ -113,6 +113,7 @@ inline F hsum16(const F *x) {
 #include "math.inl"
 #include "operands.inl"
 #include "levels.inl"
+constexpr int64_t kMaxLevelVectors = 0;  // levels are decoded into scratch: seven codebooks take long to compile
 #include "codes.inl"
 #include "products.inl"
 #include "bfloats.inl"

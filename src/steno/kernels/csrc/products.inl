@@ -37,12 +37,17 @@ inline void multiply_numbers(const Operand &a, const float *x, int64_t x_stride,
 template <int M>
 inline void multiply_bfloats(const Operand &a, const float *x, int64_t x_stride, const Target &t);
 
+// level_products.inl, where kMaxLevelVectors is not 0.
+template <int M>
+inline void multiply_levels(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
+                            const Scratch &scratch, Target t);
+
 // The products of a batch of matrices of one format and shape: x [count][M][x_stride], queries or weights.
 template <int M>
 inline void multiply(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
                      const Scratch &scratch, Target t) {
     if (is_book(a->format)) {
-        if constexpr (M <= kMaxDirect) return multiply_levels<M>(a, count, x, x_step, x_stride, scratch, t);
+        if constexpr (M <= kMaxLevelVectors) return multiply_levels<M>(a, count, x, x_step, x_stride, scratch, t);
     } else if (a->format > kHalf) {
         if constexpr (M <= kMaxCodeVectors) {
             if (a->format == kInt8) return multiply_codes<8, M>(a, count, x, x_step, x_stride, scratch, t);

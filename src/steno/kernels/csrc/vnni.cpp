@@ -17,7 +17,7 @@ namespace {
 #include "avx512.inl"
 #include "math.inl"
 #include "operands.inl"
-#include "levels.inl"
+#include "no_levels.inl"
 #include "dots.inl"
 #include "products.inl"
 #include "bfloats.inl"
