@@ -110,7 +110,7 @@ def repeated(contender: str, single: Any, config: Any, batch: int) -> Any:
         cache.batch_repeat_interleave(batch)
         for layer in cache.own_layers:
             layer.content.rows = [copy.deepcopy(row) for row in layer.content.rows]
-            layer.content = layer.content.select(list(range(batch)))  # a table of the copies
+            layer.content = layer.content.select(list(range(batch)), layer.reading.shared)  # a table of the copies
     elif contender.startswith("QuantizedCache"):
         return quantized(copy.deepcopy(single), config, "quanto", batch)
     else:

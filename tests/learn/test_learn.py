@@ -55,7 +55,8 @@ def data(tmp_path: Path) -> Path:
 def test_the_table_knows_its_methods() -> None:
     assert all(LEARNERS[id].command == ("train" if METHODS[id].trained else "calibrate") for id in LEARNERS)
     weighted = {id for id, cls in METHODS.items() if "weights" in {f.name for f in dataclasses.fields(cls)}}
-    assert weighted == set(LEARNERS) - {"expected_attention"}
+    statistics = {"expected_attention", "palu", "cskv", "rotatekv"}  # they can do without
+    assert weighted - {"hylra"} == set(LEARNERS) - statistics  # hylra's file cannot be made from a model yet
     assert all((learner.steps > 0) == (learner.command == "train") for learner in LEARNERS.values())
 
 

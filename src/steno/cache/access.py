@@ -228,7 +228,7 @@ class AccessStep:
         items, counts = self.index.vectors.float(), self.index.counts
         widest = int(counts.max())
         if bool((counts == widest).all()):
-            return vectors @ items.view(len(counts), widest, -1).mT
+            return vectors @ items.view(len(counts), widest, items.shape[-1]).mT
         owner = torch.repeat_interleave(counts).to(items.device)
         flat = torch.bmm(vectors[owner], items[:, :, None])[:, :, 0]  # [N, Q]
         return padded(flat, counts, -torch.inf).mT

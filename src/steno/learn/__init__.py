@@ -36,6 +36,10 @@ LEARNERS: dict[str, Learner] = {
             "expected_attention", "calibrate", "steno.learn.expected_attention", "mean and covariance of the queries"
         ),
         Learner("prefixkv", "calibrate", "steno.learn.prefixkv", "how each layer spreads its attention"),
+        *(
+            Learner(id, "calibrate", "steno.learn.moments", "moments of keys before rotation, and of values")
+            for id in ("palu", "cskv", "rotatekv")
+        ),
         Learner("razorattention", "calibrate", "steno.learn.razorattention", "which heads retrieve", reads_text=False),
         Learner("locret", "train", "steno.learn.locret", "retaining heads", steps=120),
         Learner("trim_kv", "train", "steno.learn.trim_kv", "retention gates", steps=120),

@@ -47,7 +47,8 @@ class HyLRA:
     recent : int, default 512 tokens
         Newest tokens, read in any case.
     weights : str or None, default None
-        A file of `steno calibrate hylra` that says what each layer does; None: the one for this model.
+        A safetensors file with `source_layer` `[L]`, which says what each layer does (`plan_layers`); steno cannot make it from
+        a model yet. None: the one for this model.
 
     Raises
     ------
@@ -90,8 +91,8 @@ class HyLRA:
         """Whose choice a layer reads, its own included; -1: it reads everything."""
         if self.weights is None:
             raise CalibrationError(
-                "hylra must know what each layer does: run `steno calibrate hylra --model M --out FILE` and name the file, "
-                "hylra(weights='FILE')."
+                "hylra must know what each layer does, and steno cannot profile a model for it yet: name a file with `source_layer` "
+                "[L] (-1: the layer reads everything; its own number: it chooses; another: whose choice it reads), hylra(weights='FILE')."
             )
         return _sources(load_calibration(self.weights, (SOURCE,)), num_layers)[layer_idx]
 
