@@ -12,7 +12,7 @@ import pytest
 
 from steno import session
 from steno.cli.main import run
-from steno.methods import METHODS
+from steno.methods import METHODS, NAMED
 from steno.version import VERSION
 
 TEXT = "the hen is here. " * 5
@@ -58,11 +58,13 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in METHODS)
     assert run(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)
-    assert [method["id"] for method in methods] == list(METHODS)
+    assert [method["id"] for method in methods] == [*METHODS, *NAMED]
     assert all(set(method) == METHOD_FIELDS for method in methods)
 
 
-@pytest.mark.parametrize("recipe", ["full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20"])
+@pytest.mark.parametrize(
+    "recipe", ["full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20", "ems @ 80%"]
+)
 def test_ask_json(arguments: list[str], recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--recipe", recipe, "--json"]) == 0
     out, _ = capsys.readouterr()
