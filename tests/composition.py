@@ -19,8 +19,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import steno
+from steno.calibration import save_calibration
 from steno.errors import BudgetError, RecipeError
 from steno.methods import KINDS, METHODS, TRANSFORMS, Method, describe_methods
+from steno.pipeline import with_weights
+from steno.recipe import parse_recipe
 from tiny import prompt, save_with_bytes
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -51,14 +54,31 @@ def recipe_of(pair: Pair) -> str:
     return " | ".join(names) + (f" @ {BUDGET_TOKENS}" if "score" in kinds else "")
 
 
-def tiny_language_model(folder: Path) -> Any:
-    """Two layers of random weights with a tokenizer, as the session knows them."""
-    return steno.load(save_with_bytes(folder / "llama", "llama"), dtype="fp32")
+LEARNED: dict[str, dict[str, tuple[int, ...]]] = {
+    "locret": {"w1": (3, 6, 96), "w2": (3, 2, 6)},
+    "trim_kv": {"w1": (3, 6, 48), "b1": (3, 6), "w2": (3, 2, 6), "bias": (3, 2)},
+    "prefixkv": {"curves": (3, 101)},
+    "razorattention": {"induction": (3, 2), "echo": (3, 2)},
+}
+"""What methods learn of the tiny model: 3 layers, 2 KV heads of 2 query heads, 12 dimensions each."""
 
 
-def refusal(lm: Any, recipe: str) -> str:
+def tiny_language_model(folder: Path) -> tuple[Any, Path]:
+    """Three layers of random weights with a tokenizer, as the session knows them; in the folder also what methods learned."""
+    g = torch.Generator().manual_seed(0)
+    for name, shapes in LEARNED.items():
+        tensors = {key: torch.randn(*shape, generator=g) for key, shape in shapes.items()}
+        save_calibration(folder / f"{name}.safetensors", tensors, {})
+    # the first layer reads everything, the second chooses, the third does as the second
+    save_calibration(folder / "hylra.safetensors", {"source_layer": torch.tensor([-1.0, 1.0, 1.0])}, {})
+    return steno.load(save_with_bytes(folder / "llama", "llama"), dtype="fp32"), folder
+
+
+def refusal(tiny: tuple[Any, Path], text: str) -> str:
     """Why a recipe cannot be, in its own words, or nothing if it reads, decodes with finite output and keeps its invariants."""
+    lm, folder = tiny
     try:
+        recipe = with_weights(parse_recipe(text), lambda name, command: str(folder / f"{name}.safetensors"))
         ctx = lm.read_tokens(prompt(PROMPT_TOKENS)[0].tolist(), recipe)
     except BudgetError:
         raise  # the budget is large enough for every method
@@ -66,8 +86,8 @@ def refusal(lm: Any, recipe: str) -> str:
         return str(error)
     answer = ctx.go_on([7], max_new_tokens=NEW_TOKENS, keep_logprobs=True)
     logprobs = torch.cat([step.logprobs for step in answer if step.logprobs is not None])
-    assert logprobs.shape[0] == NEW_TOKENS, recipe
-    assert torch.isfinite(logprobs).all(), recipe
+    assert logprobs.shape[0] == NEW_TOKENS, text
+    assert torch.isfinite(logprobs).all(), text
     for cache in (ctx.cache, answer.cache):
         cache.check_integrity()
     return ""
@@ -135,9 +155,9 @@ def with_part(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
-def refusals(lm: Any, some: Sequence[Pair]) -> dict[Pair, str]:
+def refusals(tiny: tuple[Any, Path], some: Sequence[Pair]) -> dict[Pair, str]:
     """The reason of each pair that cannot be in one recipe."""
-    return {pair: reason for pair in some if (reason := refusal(lm, recipe_of(pair)))}
+    return {pair: reason for pair in some if (reason := refusal(tiny, recipe_of(pair)))}
 
 
 def main() -> None:

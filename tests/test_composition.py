@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from composition import (
 from steno.methods import KINDS, METHODS
 from steno.recipe import parse_recipe
 
-SAMPLE = 9
+SAMPLE = 20
 """Every so many-th pair is tried every day."""
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return tiny_language_model(Path(tmp_path_factory.mktemp("composition")))
 
 
@@ -42,23 +43,22 @@ def test_every_method_meets_every_other_kind() -> None:
 
 
 @pytest.mark.parametrize("pair", pairs()[::SAMPLE], ids=recipe_of)
-def test_some_pairs(lm: Any, pair: Pair) -> None:
-    check_reasons(refusals(lm, [pair]))
+def test_some_pairs(tiny: tuple[Any, Path], pair: Pair) -> None:
+    check_reasons(refusals(tiny, [pair]))
 
 
 @pytest.mark.slow
-def test_all_pairs_and_the_page(lm: Any) -> None:
-    refused = refusals(lm, pairs())
+def test_all_pairs_and_the_page(tiny: tuple[Any, Path]) -> None:
+    refused = refusals(tiny, pairs())
     check_reasons(refused)
     page = PAGE.read_text(encoding="utf-8")
     assert page == with_part(page, "compositions", compositions(refused)), "run `python tests/composition.py`"
 
 
 def check_reasons(refused: dict[Pair, str]) -> None:
-    """Each reason names what cannot be, and the way out."""
+    """Each reason goes on to the way out."""
     for pair, reason in refused.items():
-        assert any(cls.id in reason for cls in pair), f"{recipe_of(pair)}: {reason}"
-        assert ": " in reason, f"{recipe_of(pair)}: {reason}"
+        assert re.search(r": (use|choose|let) ", reason), f"{recipe_of(pair)}: {reason}"
 
 
 def test_the_page_describes_every_method_as_it_describes_itself() -> None:
@@ -66,7 +66,7 @@ def test_the_page_describes_every_method_as_it_describes_itself() -> None:
     assert page == with_part(page, "methods", methods_table()), "run `python tests/composition.py`"
 
 
-def test_a_refusal_is_told(lm: Any) -> None:
-    assert "pages are encoded only once" in refusal(lm, "tova | int8 @ 100")
-    assert refusal(lm, "full") == ""
+def test_a_refusal_is_told(tiny: tuple[Any, Path]) -> None:
+    assert "pages are encoded only once" in refusal(tiny, "tova | int8 @ 100")
+    assert refusal(tiny, "full") == ""
     assert parse_recipe(recipe_of((METHODS["adakv"], METHODS["int8"]))).score is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import steno
+from steno.calibration import save_calibration
 from steno.errors import BudgetError, RecipeError
-from steno.methods import KINDS, METHODS, NAMED, GlobalLocal, describe_methods, stage_text, whole_paper
+from steno.methods import KINDS, METHODS, NAMED, EMSHeads, GlobalLocal, describe_methods, stage_text, whole_paper
 from steno.recipe import Recipe, parse_recipe
 from tiny import prompt, shared
 
@@ -38,8 +42,9 @@ def test_arguments_go_to_the_stage_that_bears_the_name() -> None:
     recipe = parse_recipe("ems(gamma=0.5) @ 25%")
     assert recipe.merge == METHODS["ems"](gamma=0.5)
     assert recipe.score == GlobalLocal()
+    assert recipe.allocate == EMSHeads()
     assert str(recipe) == "ems(gamma=0.5) @ 25%"
-    assert str(parse_recipe("global_local(window=9) | ems @ 25%")) == "global_local(window=9) | ems @ 25%"
+    assert str(parse_recipe("global_local | ems @ 25%")) == "global_local | ems @ 25%"
     with pytest.raises(RecipeError, match="ems has no argument 'window'"):
         parse_recipe("ems(window=9) @ 25%")
 
@@ -50,14 +55,20 @@ def test_a_recipe_in_python_has_no_hidden_stages() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_model_generates_under_the_name(name: str) -> None:
+def test_a_model_generates_under_the_name(name: str, tmp_path: Path) -> None:
     model = shared("llama")
     model.set_attn_implementation("steno")
-    cache = steno.KVCache(model.config, f"{name} @ 80")
+    learned = ""
+    if name == "razorattention":
+        path, heads = tmp_path / "heads.safetensors", torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+        save_calibration(path, {"induction": heads, "echo": -heads}, {})
+        learned = f"(weights={str(path)!r})"
+    cache = steno.KVCache(model.config, f"{name}{learned} @ 80")
     ids = model.generate(prompt(150), past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert ids.shape == (1, 154)
     held = [n for layer in cache.held_tokens() for row in layer for n in row]
-    assert sum(held) / len(held) == 83
+    mean = sum(held) / len(held)
+    assert mean == 83 or (name == "zipvl" and 3 < mean < 83)  # of which the budget is a ceiling
     assert cache.kv_bytes < cache.kv_bytes_full
     cache.check_integrity()
 
@@ -66,7 +77,7 @@ def test_named_recipes_are_described_after_the_methods() -> None:
     rows = [row for row in describe_methods() if row["kind"] == "recipe"]
     assert [row["id"] for row in rows] == list(NAMED)
     ems = next(row for row in rows if row["id"] == "ems")
-    assert ems["title"] == "global_local | ems"
+    assert ems["title"] == "global_local | ems_heads | ems"
     assert ems["needs"] == ["ATTENTION_MASS", "QUERIES"]
     assert ems["frees_memory"]
     assert all("." in row["differs"] for row in rows)

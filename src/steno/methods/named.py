@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, cast, final
 
+from steno.methods.allocate.ems_heads import EMSHeads
 from steno.methods.interfaces import Method
+from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.score.global_local import GlobalLocal
 from steno.methods.score.heavy_hitters import HeavyHitters
 from steno.methods.score.recency import Recency
@@ -30,7 +32,7 @@ NAMED: dict[str, NamedRecipe] = {
     for recipe in (
         NamedRecipe(
             id="ems",
-            beside=(GlobalLocal(),),
+            beside=(GlobalLocal(), EMSHeads()),
             differs="A reconstruction from the abstract, not EMS, in all its stages; merged once, at the end of the prompt.",
         ),
         NamedRecipe(
@@ -42,6 +44,19 @@ NAMED: dict[str, NamedRecipe] = {
             id="chelsea",
             beside=(Recency(window=64),),
             differs="Chunks, passes and log n on the logits are ours; tokens after the prompt are not clustered.",
+        ),
+        NamedRecipe(
+            id="razorattention",
+            beside=(Recency(), RazorCompensation()),
+            differs="The buffer follows from the budget; it does not roll while decoding, so later tokens all stay.",
+        ),
+        NamedRecipe(
+            id="zipvl",
+            beside=(HeavyHitters(recent_share=0.0),),
+            differs=(
+                "The second version, which drops what is not important; attention is summed over all queries, not over "
+                "probes, and the prefill attends in full."
+            ),
         ),
     )
 }
