@@ -11,7 +11,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, Reader, SegmentEncoder, Selection, Selector, Sharer, Transform
+from steno.cache.policy import Evictor, Propagator, Reader, SegmentEncoder, Selection, Selector, Sharer, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -36,8 +36,8 @@ class RecipePolicy:
 
     @property
     def query_window(self) -> int:
-        of_score = self.recipe.score.query_window if self.recipe.score is not None else 0
-        return max([of_score, *(transform.query_window for transform in self.recipe.transform)])
+        stages = (self.recipe.propagate, self.recipe.score, *self.recipe.transform)
+        return max((stage.query_window for stage in stages if stage is not None), default=0)
 
     @property
     def query_statistics_skip(self) -> int:
@@ -87,19 +87,24 @@ class RecipePolicy:
         return self.recipe.reader
 
     @property
+    def propagator(self) -> Propagator | None:
+        return self.recipe.propagate
+
+    @property
     def selector(self) -> Selector | None:
         access = self.recipe.access
         return access if access is not None and not access.reads_all else None
 
-    def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
+    def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         """Tokens per KV head that a sequence may keep; raises BudgetError if that is less than the method protects."""
         budget, num_tokens = self.recipe.budget, kv.num_tokens
+        whole = num_tokens if prompt_tokens is None else prompt_tokens
         if budget.tokens is not None:
             tokens = budget.tokens
         elif budget.share is not None:
-            tokens = int(num_tokens * budget.share)
+            tokens = int(whole * budget.share)
         else:
-            tokens = self._tokens_in_bytes(kv, num_layers)
+            tokens = self._tokens_in_bytes(kv, num_layers, whole)
         self.check_budget(tokens, num_tokens)
         return tokens if self.evictor is not None else min(tokens, num_tokens)
 
@@ -114,19 +119,19 @@ class RecipePolicy:
                 f"{least} (sinks and window): raise the budget or lower the method's window."
             )
 
-    def _tokens_in_bytes(self, kv: LayerKV, num_layers: int) -> int:
+    def _tokens_in_bytes(self, kv: LayerKV, num_layers: int, prompt_tokens: int) -> int:
         """The most tokens per head whose layer surely fits its share of a budget in bytes."""
         heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
         layer_bytes = (self.recipe.budget.bytes or 0) // num_layers
         counts = 4 if self.recipe.merge is not None and self.recipe.merge.counts_tokens else 0
         dense = 2 * dim * size + counts  # one token of one head
         bounds = 0
-        fixed = heads * (-(-kv.num_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
+        fixed = heads * (-(-prompt_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
         if self.recipe.access is not None and self.selector is not None:
             bounds, once = self.recipe.access.index_bytes(dim, size)
             bounds += 1  # a page of the layout takes 8 bytes
             if Need.TOKEN_TEXT in self.needs:
-                fixed += 4 * kv.num_tokens  # the sentence of each token, once for all layers
+                fixed += 4 * prompt_tokens  # the sentence of each token, once for all layers
             fixed += heads * (once + 4 * 6 * 8 + 5 * 8) + 8  # the rest of the layout
         for transform in self.recipe.transform:
             # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room

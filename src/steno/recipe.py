@@ -24,6 +24,7 @@ from steno.methods import (
     Evictor,
     Merger,
     Method,
+    Propagator,
     Quantizer,
     Reader,
     Scorer,
@@ -139,6 +140,7 @@ class Recipe:
         If a method stands in a place of another kind, or the parts cannot work together.
     """
 
+    propagate: Propagator | None = None
     score: Scorer | None = None
     allocate: Allocator | None = None
     merge: Merger | None = None
@@ -158,6 +160,14 @@ class Recipe:
         self._check_score()
         self._check_transforms()
         self._check_share()
+        if self.propagate is not None and Need.REPLAY in self.needs:
+            raise RecipeError(
+                f"{self.propagate.id} lets tokens go round layers, and a replay needs them in all: use it without kvzip."
+            )
+        if self.propagate is not None and self.share is not None:
+            raise RecipeError(
+                f"{self.propagate.id} lets tokens go round layers, and {self.share.id} keeps layers together: use one of them."
+            )
 
     def _of(self, kind: str) -> tuple[Method, ...]:
         """The stages of a kind: one or none, but of transforms any number."""
@@ -260,7 +270,9 @@ class Recipe:
             raise RecipeError(f"{name} cannot evict while it reads; methods that can: {', '.join(READERS)}.")
         pages = self.quantize is None or self.quantize.page_format is not None
         for stage in self.stages:
-            if stage.kind in ("allocate", "merge", "share", "transform") or (stage.kind == "quantize" and not pages):
+            if stage.kind in ("propagate", "allocate", "merge", "share", "transform") or (
+                stage.kind == "quantize" and not pages
+            ):
                 if stage.id in ("uniform", "evict"):
                     continue
                 raise RecipeError(

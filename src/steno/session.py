@@ -217,6 +217,7 @@ class LanguageModel:
             evict_while_reading=evicts,
             model_hash=self.loaded.model_hash,
             sentence_ends=ends,
+            input_ids=torch.tensor([tokens], device=self.model.device),
         )
         started = time.perf_counter()
         self._prefill(cache, tokens, chunk_tokens or len(tokens), progress)

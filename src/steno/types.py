@@ -29,6 +29,8 @@ class Need(Enum):
     """What goes into the attention module; shown by hooks that stand only while a prompt is read."""
     TOKEN_TEXT = auto()
     """Where sentences end, while the prompt is read and after."""
+    IMAGE_MASK = auto()
+    """Which tokens of the prompt are image or video tokens; told to the cache with `input_ids`."""
     REPLAY = auto()
     """The largest attention that each token receives while the model repeats the context."""
     ROPE = auto()
@@ -102,6 +104,7 @@ class Observation:
     attention_mass: `[H, S]` fp32, column sums of the softmax over all queries of the prompt.
     pre_rope_queries `[H, S, D]`, pre_rope_keys `[Hkv, S, D]`: before rotation.
     hidden_states: `[S, hidden]`, what goes into the attention module.
+    image_mask: `[S]` bool, which tokens are image or video tokens.
     replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
     scaling, softcap: of the logits, `softcap * tanh(scaling * q.k / softcap)`, plain where softcap is None.
     budget_tokens: what the layer may keep, tokens per KV head on average.
@@ -120,7 +123,19 @@ class Observation:
     pre_rope_queries: Tensor | None = None
     pre_rope_keys: Tensor | None = None
     hidden_states: Tensor | None = None
+    image_mask: Tensor | None = None
     replay_mass: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """The tokens of a pass that a layer computes; the others go round it on the residual stream.
+
+    index: `[n]` int64, ascending. gates: `[n]` fp32, factors on what the layer adds to each of them; None: 1.
+    """
+
+    index: Tensor
+    gates: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

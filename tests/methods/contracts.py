@@ -25,6 +25,7 @@ from steno.methods import (
     Evictor,
     Merger,
     Method,
+    Propagator,
     Quantizer,
     Reader,
     Scorer,
@@ -98,6 +99,7 @@ def make_layer(
         pre_rope_keys=draw(hkv, num_tokens, dim).to(dtype),
         hidden_states=draw(num_tokens, WIDTH).to(dtype),
         replay_mass=draw(hkv, num_tokens).abs(),
+        image_mask=draw(num_tokens) > 0,
     )
     return kv, obs
 
@@ -341,6 +343,37 @@ def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossles
         expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=5.0)
         assert torch.allclose(out, expected, atol=1e-4)
         assert torch.allclose(lse, expected_lse, atol=1e-4)
+
+
+def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tensor, seed: int = 0) -> None:
+    """Both choices: true positions, ascending, the last among them; input unchanged; the same twice."""
+    kv, obs = make_layer(num_tokens, window=max(propagator.query_window, 1), seed=seed)
+    kv = dataclasses.replace(kv, positions=2 * kv.positions)
+    hidden = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(seed))
+    images = is_image if Need.IMAGE_MASK in propagator.needs else None
+    before = [t.clone() for t in (*tensors(kv), *tensors(obs), hidden, is_image)]
+    for layer_idx in range(obs.num_layers):
+        seen = dataclasses.replace(obs, layer_idx=layer_idx)
+        onward, again = (propagator.after(kv, seen) for _ in range(2))
+        assert (onward is None) == (again is None)
+        if onward is not None and again is not None:
+            assert torch.equal(onward, again)
+            assert onward.dtype == torch.int64
+            assert torch.isin(onward, kv.positions).all()
+            assert onward[-1] == kv.positions[-1]
+            assert (onward.diff() > 0).all()
+        route, same = (
+            propagator.before(hidden, images, layer_idx=layer_idx, num_layers=obs.num_layers) for _ in range(2)
+        )
+        if route is not None and same is not None:
+            assert torch.equal(route.index, same.index)
+            assert route.index.dtype == torch.int64
+            assert (route.index.diff() > 0).all()
+            assert 0 < len(route.index) <= num_tokens
+            assert 0 <= int(route.index[0]) <= int(route.index[-1]) < num_tokens
+            assert route.gates is None or route.gates.shape == route.index.shape
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs), hidden, is_image), strict=True))
+    assert (propagator.query_window > 0) == (Need.QUERIES in propagator.needs)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:

@@ -16,6 +16,7 @@ from contracts import (
     check_evictor,
     check_merger,
     check_method,
+    check_propagator,
     check_quantizer,
     check_reader,
     check_scorer,
@@ -33,6 +34,7 @@ from steno.methods import ALLOCATORS, KINDS, METHODS, NAMED, READERS, SCORERS, E
 SMALL: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 3, "kernel": 3},
     "streaming_llm": {"n_sink": 2},
+    "fastkv": {"window": 2, "kernel": 3},
     "expected_attention": {"n_sink": 2, "future_positions": 5},
     "kvzip": {"n_sink": 2},
     "locret": {"n_local": 2},
@@ -75,6 +77,13 @@ def test_bad_values_are_named(cls: Any) -> None:
         for bad in {True, 1.5} if isinstance(f.default, int) and not isinstance(f.default, bool) else ():
             with pytest.raises(BadArgument, match=f.name):
                 cls(**{f.name: bad})
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 64])
+@pytest.mark.parametrize("cls", methods.PROPAGATORS.values(), ids=lambda cls: cls.id)
+def test_propagator(cls: Any, num_tokens: int) -> None:
+    for is_image in (torch.arange(num_tokens) % 3 > 0, torch.zeros(num_tokens, dtype=torch.bool)):
+        check_propagator(small(cls), num_tokens, is_image=is_image)
 
 
 @pytest.mark.parametrize("cls", SCORERS.values(), ids=lambda cls: cls.id)

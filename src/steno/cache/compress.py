@@ -22,7 +22,8 @@ from steno.types import LayerKV, Observation, Rope
 
 
 def compress_rows(
-    prompts: list[HeadKV],
+    prompts: list[LayerKV],
+    prompt_tokens: list[int],
     observers: list[PromptObserver],
     policy: LayerPolicy,
     *,
@@ -32,17 +33,15 @@ def compress_rows(
     shared: Shared,
     rope: Rope | None,
 ) -> PagedRows | SlotRows:
-    """prompts: keys and values `[Hkv, S_b, D]` per row, observers: what was seen of them.
-
-    shared: of all layers of the cache. rope: of the layer, for policies that need it.
+    """prompts: what was read per row, fewer than its `prompt_tokens` where some went round the layer; observers: what was
+    seen of them. shared: of all layers of the cache. rope: of the layer, for policies that need it.
     """
     writer = SegmentWriter(policy=policy, layer_idx=layer_idx, num_layers=num_layers, rope=rope)
     rows: list[Row] = []
     tails: list[tuple[Tensor, Tensor]] = []
     slots: list[SlotRow] = []
-    for (keys, values), observer in zip(prompts, observers, strict=True):
-        kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
-        budget = policy.budget_tokens(kv, num_layers)
+    for kv, num_tokens, observer in zip(prompts, prompt_tokens, observers, strict=True):
+        budget = policy.budget_tokens(kv, num_layers, num_tokens)
         selection, observation = Selection(kv=kv), None
         if kv.num_tokens:
             observation = observer.observation(
@@ -50,14 +49,13 @@ def compress_rows(
             )
             selection = policy.select(kv, observation)
         if policy.evictor is not None:
-            slots.append(slot_row(selection, budget))
+            slots.append(slot_row(selection, budget, num_tokens))
         else:
-            row, tail = writer.write_prompt(selection, observation)
+            row, tail = writer.write_prompt(selection, observation, num_tokens)
             rows.append(row)
             tails.append(tail)
     if policy.evictor is not None:
-        seen = [k.shape[1] for k, _ in prompts]
-        return SlotRows(slots, seen, policy.evictor, prompts[0][0].shape[2])
+        return SlotRows(slots, list(prompt_tokens), policy.evictor, prompts[0].head_dim)
     return PagedRows(rows, Tail.of(tails, policy.residual_tokens), writer, shared)
 
 
@@ -93,7 +91,7 @@ def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: i
         else:
             selections = policy.select_together(kvs, observations)
             pairs = zip(writers, selections, observations, strict=True)
-            split = [writer.split_prompt(selection, seen) for writer, selection, seen in pairs]
+            split = [writer.split_prompt(selection, seen, kvs[0].num_tokens) for writer, selection, seen in pairs]
         tokens = [full.tokens for _, full, _ in split if full is not None]
         if tokens:
             segments = policy.sharer.share(tokens, writers[0])
@@ -121,8 +119,8 @@ def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) 
     return kv, observation
 
 
-def slot_row(selection: Selection, budget: int) -> SlotRow:
-    """A row of slots, for a method that goes on evicting."""
+def slot_row(selection: Selection, budget: int, prompt_tokens: int) -> SlotRow:
+    """A row of slots, for a method that goes on evicting, of a prompt of so many tokens."""
     kv = selection.kv
     everything = torch.arange(kv.num_tokens, device=kv.keys.device)
     kept = selection.kept or [everything] * kv.num_kv_heads
@@ -136,11 +134,11 @@ def slot_row(selection: Selection, budget: int) -> SlotRow:
         SlotBlock.of(
             torch.stack([kv.keys[h, kept[h]] for h in group]),
             torch.stack([kv.values[h, kept[h]] for h in group]),
-            torch.stack([kept[h] for h in group]),
+            torch.stack([kv.positions[kept[h]] for h in group]),
             torch.stack([state[h] for h in group]).float(),
             budgets[group[0]],
         )
         for group in groups
     ]
-    evicted_at = 0 if selection.kept is None else kv.num_tokens
-    return SlotRow(blocks=blocks, prompt_tokens=kv.num_tokens, evicted_at=evicted_at)
+    evicted_at = 0 if selection.holds_all(prompt_tokens) else prompt_tokens
+    return SlotRow(blocks=blocks, prompt_tokens=prompt_tokens, evicted_at=evicted_at)

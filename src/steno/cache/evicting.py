@@ -158,13 +158,13 @@ class EvictingPrompt:
             kv = LayerKV(keys=held.keys, values=held.values, positions=torch.arange(num_held, device=held.keys.device))
             selection = Selection(kv=kv, state=list(held.state))
             if evictor is not None:
-                slot = slot_row(selection, self.budget)
+                slot = slot_row(selection, self.budget, num_held)
                 for block in slot.blocks:
                     block.positions[:, : block.length] = held.positions
                 slot.prompt_tokens, slot.evicted_at = held.seen, held.seen if num_held < held.seen else 0
                 slots.append(slot)
                 continue
-            row, tail = writer.write_prompt(selection, seen)
+            row, tail = writer.write_prompt(selection, seen, num_held)
             if num_held < held.seen:
                 row.kept, row.prompt_tokens = pack_kept(list(held.positions.long()), held.seen), held.seen
             rows.append(row)

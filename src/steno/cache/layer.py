@@ -20,7 +20,7 @@ from steno.cache.prompt import Prompt, ReplayObserver
 from steno.cache.slots import SlotRows
 from steno.cache.tokens import NewTokens
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
-from steno.types import LayerKV, Need, Observation, Rope
+from steno.types import LayerKV, Need, Observation, Rope, Route
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
@@ -35,6 +35,8 @@ class Reading:
     context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
     on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays. shared: what counts
     longer than the reading.
+    image_mask: `[B, T]` bool, which tokens of the prompt, padding included, are image tokens; generate() may repeat its rows.
+    is_watched: whether hooks stand that let tokens go round layers; onward: `[n]`, those that later layers compute.
     """
 
     prompt_tokens: int | None = None
@@ -42,6 +44,13 @@ class Reading:
     replay: ReplayObserver | None = None
     on_layer: Callable[[int, int], None] | None = None
     shared: Shared = field(default_factory=Shared)
+    image_mask: Tensor | None = None
+    is_watched: bool = False
+    onward: Tensor | None = None
+
+    def unwatch(self) -> None:
+        """Notes that the hooks are gone."""
+        self.is_watched, self.onward = False, None
 
 
 class LayerCache(CacheLayerMixin):
@@ -75,6 +84,7 @@ class LayerCache(CacheLayerMixin):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
         self._hidden: Tensor | None = None
+        self._routed: tuple[Tensor, int] | None = None
         self.token_bytes = 0  # of one token, dense, in the model's dtype
         self.is_initialized = False
 
@@ -196,6 +206,44 @@ class LayerCache(CacheLayerMixin):
         """What goes into the attention module in this pass, `[B, T, hidden]`; comes before `attend`."""
         self._hidden = hidden if Need.HIDDEN_STATES in self.policy.needs and self.content is None else None
 
+    def route(self, hidden: Tensor) -> Route | None:
+        """Which tokens of a pass this layer computes, None for all; hidden: `[B, T, hidden]`, what comes to the layer.
+
+        Comes before `attend`, which then gets those tokens alone.
+        """
+        propagator, count = self.policy.propagator, hidden.shape[1]
+        if propagator is None or self.content is not None or self.reading.replay is not None or len(hidden) != 1:
+            return None
+        if self.layer_idx == 0:
+            self.reading.onward = None
+        if self.reading.onward is not None:
+            route = Route(index=self.reading.onward) if len(self.reading.onward) < count else None
+        else:
+            is_image = self._image_tokens(len(hidden), count)
+            images = None if is_image is None else is_image[0]
+            with torch.no_grad():
+                route = propagator.before(hidden[0], images, layer_idx=self.layer_idx, num_layers=self.num_layers)
+        if route is not None:
+            self._routed = route.index, count
+        return route
+
+    def _image_tokens(self, num_rows: int, count: int) -> Tensor | None:
+        """Which of `count` new tokens of each row are image tokens, `[B, count]`."""
+        if Need.IMAGE_MASK not in self.policy.needs or self.content is not None or self.reading.replay is not None:
+            return None
+        mask = self.reading.image_mask
+        if mask is None:
+            raise CacheError(
+                "this recipe looks at which tokens of the prompt are image tokens, which the attention does not show: pass "
+                "KVCache(model.config, recipe, input_ids=inputs['input_ids'])."
+            )
+        if mask.shape[1] < self.seen + count or num_rows % len(mask):
+            raise CacheError(
+                f"the prompt must be the `input_ids` that the cache was given, {list(mask.shape)}; "
+                f"it has {num_rows} rows and at least {self.seen + count} tokens."
+            )
+        return mask[:, self.seen : self.seen + count].repeat_interleave(num_rows // len(mask), dim=0)
+
     @torch.inference_mode(False)  # buffers of inference mode could not be written outside of it
     @torch.no_grad()
     def attend(
@@ -215,38 +263,62 @@ class LayerCache(CacheLayerMixin):
             raise CacheError("attend must follow update; this layer got no new keys and values.")
         (k, v), self._pending = self._pending, None
         hidden, self._hidden = self._hidden, None
-        new = NewTokens(q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks, hidden=hidden)
+        routed, self._routed = self._routed, None
+        index, count = routed or (None, q.shape[2])
+        is_image, positions = self._image_tokens(len(q), count), None
+        if self.content is None and self.policy.propagator is not None:
+            positions = self.seen + (torch.arange(count, device=q.device) if index is None else index)
+        if index is not None and is_image is not None:
+            is_image = is_image[:, index]
+        new = NewTokens(
+            q=q, k=k, v=v, counts=counts, scale=scale, softcap=softcap, sinks=sinks, hidden=hidden, is_image=is_image,
+            positions=positions,
+        )  # fmt: skip
         if Need.TOKEN_TEXT in self.policy.needs and self.reading.replay is None:
-            self._check_text(new)
+            self._check_text(new, count)
         if self.reading.replay is not None:
             out = self._replay(self.reading.replay, new)
         elif self.content is None:
-            out = self._read(new)
+            out = self._read(new, count)
         else:
             out = self._decode(self.content, new)
-            self._advance(new)
+            self._advance(new, count)
         if self.reading.on_layer is not None:
             self.reading.on_layer(self.layer_idx + 1, self.num_layers)
         return out
 
-    def _check_text(self, new: NewTokens) -> None:
+    def _check_text(self, new: NewTokens, count: int) -> None:
+        """count: tokens of the pass, those that went round the layer included."""
         text = self.reading.shared.text
-        expected = [a + b for a, b in zip(self.row_seen or [0] * len(new.q), new.row_counts, strict=True)]
-        if text is None or [len(row) for row in text.rows] != expected:
+        if text is None or [len(row) for row in text.rows] != self._seen_after(new, count):
             raise CacheError(
                 "this recipe must know where sentences end, and generate() alone does not tell a cache its tokens: read with "
                 "steno.load(...).read(text, recipe=...), or give KVCache `sentence_ends` and call "
                 "cache.announce(token_ids) before every forward pass."
             )
 
-    def _advance(self, new: NewTokens) -> None:
-        self.seen += new.num_new
-        self.row_seen = [a + b for a, b in zip(self.row_seen or [0] * len(new.q), new.row_counts, strict=True)]
+    def _seen_after(self, new: NewTokens, count: int) -> list[int]:
+        """Real tokens of each row after a pass of `count` tokens, those that went round the layer included."""
+        beside = count - new.num_new
+        return [a + b + beside for a, b in zip(self.row_seen or [0] * len(new.q), new.row_counts, strict=True)]
+
+    def _advance(self, new: NewTokens, count: int) -> None:
+        self.seen += count
+        self.row_seen = self._seen_after(new, count)
 
     def _prompt_is_complete(self) -> bool:
         return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
 
-    def _read(self, new: NewTokens) -> Tensor:
+    def _read(self, new: NewTokens, count: int) -> Tensor:
+        if self.policy.propagator is not None and not self.reading.is_watched:
+            raise CacheError(
+                "this recipe lets tokens go round layers, which generate() alone cannot do: read the text with "
+                "steno.load(...).read(text, recipe=...), or generate within `with cache.watching(model):`."
+            )
+        if self.policy.propagator is not None and (len(new.q) != 1 or new.counts is not None):
+            raise CacheError(
+                f"tokens can go round layers for one sequence at a time, without padding; the batch has {len(new.q)} rows."
+            )
         if self.seen and self._prompt_is_complete():
             raise CacheError(
                 "this recipe scores tokens by replaying the context, which generate() alone cannot do; "
@@ -255,7 +327,8 @@ class LayerCache(CacheLayerMixin):
         if self._prompt is None:
             self._prompt = self._begin(new)
         out = self._prompt.read(new)
-        self._advance(new)
+        self._advance(new, count)
+        self._go_on(self._prompt, count)
         self.meter.touch(self._prompt.dense_bytes)
         if self._prompt_is_complete() and Need.REPLAY not in self.policy.needs:
             self.compress(None)
@@ -277,6 +350,21 @@ class LayerCache(CacheLayerMixin):
             num_layers=self.num_layers,
             prompt_tokens=self.reading.prompt_tokens,
         )
+
+    def _go_on(self, prompt: Prompt | EvictingPrompt, count: int) -> None:
+        """Notes which tokens the layers after this one compute."""
+        propagator = self.policy.propagator
+        if propagator is None or self.reading.onward is not None or isinstance(prompt, EvictingPrompt):
+            return
+        onward = propagator.after(*self._observed(prompt))
+        if onward is None:
+            return
+        if not self._prompt_is_complete() or self.seen != count:
+            raise CacheError(
+                f"tokens are chosen for the later layers once, from the whole prompt; {self.seen} tokens came in parts: read "
+                "it in one pass, without `prefill_chunk_size`."
+            )
+        self.reading.onward = onward
 
     def _replay(self, observer: ReplayObserver, new: NewTokens) -> Tensor:
         if not isinstance(self._prompt, Prompt):
@@ -317,7 +405,8 @@ class LayerCache(CacheLayerMixin):
             self.content = prompt.compress(self.reading.shared)
         else:
             self.content = compress_rows(
-                prompt.rows,
+                [prompt.layer_kv(b) for b in range(len(prompt.rows))],
+                self.row_seen,
                 prompt.observers,
                 self.policy,
                 layer_idx=self.layer_idx,
@@ -363,8 +452,11 @@ class LayerCache(CacheLayerMixin):
             raise CacheError(
                 "calibration reads one row whose prompt is not complete yet; this layer has another state."
             )
-        kv = self._prompt.layer_kv(0)
-        return kv, self._prompt.observers[0].observation(
+        return self._observed(self._prompt)
+
+    def _observed(self, prompt: Prompt) -> tuple[LayerKV, Observation]:
+        kv = prompt.layer_kv(0)
+        return kv, prompt.observers[0].observation(
             kv, layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
         )
 

@@ -26,16 +26,28 @@ class PromptObserver:
         self.num_statistics = 0
         self.plain_queries: Tensor | None = None  # [H, S, D]
         self.hidden: Tensor | None = None  # [S, hidden]
+        self.is_image: Tensor | None = None  # [S]
 
-    def see(self, q: Tensor, hidden: Tensor | None = None) -> None:
-        """The queries of one chunk, `[H, T, D]` post-RoPE, and what went into its attention module, `[T, hidden]`."""
+    def see(
+        self,
+        q: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        is_image: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """The queries of one chunk, `[H, T, D]` post-RoPE, and what went into its attention module, `[T, hidden]`.
+
+        is_image: `[T]` bool. positions: `[T]`, the true ones; None: they follow on what was seen.
+        """
+        if positions is None:
+            positions = torch.arange(self.num_seen, self.num_seen + q.shape[1], device=q.device)
         if Need.QUERIES in self.policy.needs:
             window = q if self.queries is None else torch.cat([self.queries, q], dim=1)
             self.queries = window[:, -self.policy.query_window :].clone()
         if Need.QUERY_STATISTICS in self.policy.needs:
-            self._gather_statistics(q)
+            self._gather_statistics(q, positions)
         if Need.PRE_ROPE_QUERIES in self.policy.needs:
-            positions = torch.arange(self.num_seen, self.num_seen + q.shape[1], device=q.device)
             plain = q.clone() if self.rope is None else self.rope.undo(q, positions)
             self.plain_queries = plain if self.plain_queries is None else torch.cat([self.plain_queries, plain], dim=1)
         if Need.HIDDEN_STATES in self.policy.needs:
@@ -45,6 +57,8 @@ class PromptObserver:
                     "steno.load(...).read(text, recipe=...), or generate within `with cache.watching(model):`."
                 )
             self.hidden = hidden.clone() if self.hidden is None else torch.cat([self.hidden, hidden])
+        if is_image is not None:
+            self.is_image = is_image.clone() if self.is_image is None else torch.cat([self.is_image, is_image])
         self.num_seen += q.shape[1]
 
     def see_mass(self, mass: Tensor) -> None:
@@ -53,13 +67,12 @@ class PromptObserver:
             mass[:, : self.mass.shape[1]] += self.mass
         self.mass = mass
 
-    def _gather_statistics(self, q: Tensor) -> None:
+    def _gather_statistics(self, q: Tensor, positions: Tensor) -> None:
         skip = min(max(0, self.policy.query_statistics_skip - self.num_seen), q.shape[1])
         for start in range(skip, q.shape[1], STATISTICS_BLOCK):
             block = q[:, start : start + STATISTICS_BLOCK].float()
-            first = self.num_seen + start
-            positions = torch.arange(first, first + block.shape[1], device=q.device)
-            plain = block if self.rope is None else self.rope.undo(block, positions)
+            where = positions[start : start + STATISTICS_BLOCK]
+            plain = block if self.rope is None else self.rope.undo(block, where)
             # products of a block in fp32 are off by its 1e-6; what adds up the blocks must not add to that
             total, products = plain.sum(1).double(), (plain.mT @ plain).double()  # [H, D], [H, D, D]
             self.query_sum = total if self.query_sum is None else self.query_sum + total
@@ -89,6 +102,7 @@ class PromptObserver:
             pre_rope_queries=self.plain_queries,
             pre_rope_keys=self._plain_keys(kv),
             hidden_states=self.hidden,
+            image_mask=self.is_image,
             replay_mass=replay_mass,
         )
 

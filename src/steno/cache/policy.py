@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from steno.types import IndexItems, KeptTokens, LayerKV, Need, Observation, PageFormat
+from steno.types import IndexItems, KeptTokens, LayerKV, Need, Observation, PageFormat, Route
 
 if TYPE_CHECKING:
     from steno.cache.access import AccessStep, Choice
@@ -35,6 +35,14 @@ class Reader(Protocol):
     def retention(
         self, keys: Tensor, state: Tensor, positions: Tensor, *, budget_tokens: int, is_last: bool
     ) -> Tensor: ...
+
+
+class Propagator(Protocol):
+    """A method that lets tokens of the prompt go round layers."""
+
+    def before(self, hidden: Tensor, image_mask: Tensor | None, *, layer_idx: int, num_layers: int) -> Route | None: ...
+
+    def after(self, kv: LayerKV, observation: Observation) -> Tensor | None: ...
 
 
 class Selector(Protocol):
@@ -125,6 +133,10 @@ class Selection:
     state: list[Tensor] | None = None
     log_counts: list[Tensor] | None = None
 
+    def holds_all(self, prompt_tokens: int) -> bool:
+        """Whether every token of the prompt stays: none went round the layer, and none is dropped."""
+        return self.kept is None and self.kv.num_tokens == prompt_tokens
+
 
 class LayerPolicy(Protocol):
     """Built from a recipe; shared by all layers; holds no state."""
@@ -170,8 +182,16 @@ class LayerPolicy(Protocol):
     @property
     def selector(self) -> Selector | None: ...
 
-    def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
-        """Tokens per KV head on average that this sequence may keep."""
+    @property
+    def propagator(self) -> Propagator | None:
+        """What lets tokens go round layers while the prompt is read; None: all tokens pass all layers."""
+        ...
+
+    def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
+        """Tokens per KV head on average that this sequence may keep.
+
+        prompt_tokens: of the whole prompt, where some went round the layer; None: those of `kv`.
+        """
         ...
 
     def select(self, kv: LayerKV, observation: Observation) -> Selection: ...

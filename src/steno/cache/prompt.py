@@ -47,7 +47,7 @@ PRE_ROPE = {Need.QUERY_STATISTICS, Need.PRE_ROPE_QUERIES, Need.PRE_ROPE_KEYS}
 class Prompt:
     """Keys, values and observers of B rows whose prompt is not complete. Mutable.
 
-    rows: keys and values `[Hkv, S_b, D]` per row.
+    rows: keys and values `[Hkv, S_b, D]` per row. positions: `[S]`, the true ones, where tokens may go round the layer.
     """
 
     def __init__(self, policy: LayerPolicy, rope_of: Callable[[torch.device], Rope | None], new: NewTokens) -> None:
@@ -56,6 +56,7 @@ class Prompt:
         self.rope = rope if Need.ROPE in policy.needs else None
         self.rows: list[HeadKV] = [(k[:, :0], v[:, :0]) for k, v in zip(new.k, new.v, strict=True)]
         self.observers = [PromptObserver(policy, rope, scale=new.scale, softcap=new.softcap) for _ in new.q]
+        self.positions: Tensor | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -65,11 +66,15 @@ class Prompt:
     def layer_kv(self, b: int) -> LayerKV:
         """What was read of one row, in the form that methods get."""
         keys, values = self.rows[b]
-        return LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
+        positions = torch.arange(keys.shape[1], device=keys.device) if self.positions is None else self.positions
+        return LayerKV(keys=keys, values=values, positions=positions)
 
     def read(self, new: NewTokens) -> Tensor:
         """Takes new tokens in and attends causally over all read so far: `[B, H, T, D]`."""
         is_first = not any(k.shape[1] for k, _ in self.rows)
+        if new.positions is not None:
+            past = new.positions[:0] if self.positions is None else self.positions
+            self.positions = torch.cat([past, new.positions])
         for b, count in enumerate(new.row_counts):
             if count:
                 row = new.row(b)
@@ -78,7 +83,12 @@ class Prompt:
                 if past_k.shape[1]:
                     k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
                 self.rows[b] = k, v
-                self.observers[b].see(row.q[0], None if row.hidden is None else row.hidden[0])
+                self.observers[b].see(
+                    row.q[0],
+                    None if row.hidden is None else row.hidden[0],
+                    is_image=None if row.is_image is None else row.is_image[0],
+                    positions=row.positions,
+                )
         if new.counts is None and is_first:
             return self._attend(new, new.k, new.v, self.observers)
         out = torch.zeros_like(new.q)
@@ -131,7 +141,7 @@ class Prompt:
 
     def check_crop(self) -> None:
         """Raises if the newest tokens cannot be removed."""
-        if any(o.num_seen for o in self.observers) and self.policy.needs:
+        if any(o.num_seen for o in self.observers) and (self.policy.needs or self.positions is not None):
             raise CacheError("cannot crop while the prompt is read: what was observed of it cannot be taken back.")
 
     def crop(self, count: int) -> None:

@@ -16,7 +16,8 @@ class NewTokens:
 
     q: `[B, H, T, D]`; k, v: `[B, Hkv, T, D]`. counts: real tokens per row, the last ones, when the batch is padded on the
     left; None if nothing is padded. scale, softcap: of the logits. sinks: `[H]` logits of a learned sink (gpt-oss).
-    hidden: `[B, T, hidden]`, what went into the attention module, where a recipe looks at it.
+    hidden: `[B, T, hidden]`, what went into the attention module, where a recipe looks at it. is_image: `[B, T]` bool, where
+    a recipe asks. positions: `[T]`, the true ones of the only row, where tokens may go round a layer; None: they follow on.
     """
 
     q: Tensor
@@ -27,6 +28,8 @@ class NewTokens:
     softcap: float | None = None
     sinks: Tensor | None = None
     hidden: Tensor | None = None
+    is_image: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def num_new(self) -> int:
@@ -42,7 +45,8 @@ class NewTokens:
         first = self.num_new - self.row_counts[b]
         q, k, v = (x[b : b + 1, :, first:] for x in (self.q, self.k, self.v))
         hidden = None if self.hidden is None else self.hidden[b : b + 1, first:]
-        return replace(self, q=q, k=k, v=v, counts=None, hidden=hidden)
+        is_image = None if self.is_image is None else self.is_image[b : b + 1, first:]
+        return replace(self, q=q, k=k, v=v, counts=None, hidden=hidden, is_image=is_image)
 
     def part(self, start: int, stop: int) -> NewTokens:
         """The tokens `start .. stop` of every row."""

@@ -40,33 +40,38 @@ class SegmentWriter:
 
     # the prompt
 
-    def write_prompt(self, selection: Selection, observation: Observation | None) -> tuple[Row, HeadKV]:
+    def write_prompt(
+        self, selection: Selection, observation: Observation | None, prompt_tokens: int
+    ) -> tuple[Row, HeadKV]:
         """What is kept of a prompt, and the keys and values `[Hkv, n, D]` of its end that begin the tail.
 
+        prompt_tokens: of the whole prompt, more than the selection is made from where some went round the layer.
         observation: None of an empty prompt, which fits no basis.
         """
         kv = selection.kv
         if observation is None:
-            return _row_of(selection), (kv.keys, kv.values)
+            return _row_of(selection, prompt_tokens), (kv.keys, kv.values)
         if selection.log_counts is not None or len({len(index) for index in selection.kept or []}) > 1:
             # a tail has one length for all heads, and no counts
-            row = _row_of(selection)
+            row = _row_of(selection, prompt_tokens)
             row.bases, segments = self._ragged_segments(self._gathered(selection, observation))
             row.segments.extend(segments)
             return row, (kv.keys[:, :0], kv.values[:, :0])
-        row, full, tail = self.split_prompt(selection, observation)
+        row, full, tail = self.split_prompt(selection, observation, prompt_tokens)
         if full is not None and self._is_plain(row.bases):
             row.segments.extend(self._plain_segments(full.stacked_keys[None], full.stacked_values[None]))
         elif full is not None:
             row.segments.append(self._write(full.tokens, row.bases))
         return row, tail
 
-    def split_prompt(self, selection: Selection, observation: Observation) -> tuple[Row, Full | None, HeadKV]:
+    def split_prompt(
+        self, selection: Selection, observation: Observation, prompt_tokens: int
+    ) -> tuple[Row, Full | None, HeadKV]:
         """A row with the first tokens alone, the tokens that are to be its next segment, and those that begin the tail.
 
         Every head keeps the same number of tokens.
         """
-        row, kv = _row_of(selection), selection.kv
+        row, kv = _row_of(selection, prompt_tokens), selection.kv
         keys, values = kv.keys, kv.values
         positions = [kv.positions] * kv.num_kv_heads
         if selection.kept is not None:
@@ -227,10 +232,12 @@ class Full:
     stacked_values: Tensor
 
 
-def _row_of(selection: Selection) -> Row:
-    if selection.kept is None:
+def _row_of(selection: Selection, prompt_tokens: int) -> Row:
+    kv = selection.kv
+    if selection.holds_all(prompt_tokens):
         return Row()
-    return Row(kept=pack_kept(selection.kept, selection.kv.num_tokens), prompt_tokens=selection.kv.num_tokens)
+    kept = selection.kept or [torch.arange(kv.num_tokens, device=kv.keys.device)] * kv.num_kv_heads
+    return Row(kept=pack_kept([kv.positions[index] for index in kept], prompt_tokens), prompt_tokens=prompt_tokens)
 
 
 def _part(tokens: KeptTokens, slices: list[slice]) -> KeptTokens:

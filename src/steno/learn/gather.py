@@ -30,8 +30,9 @@ class Look:
     evictor: ClassVar[None] = None
     reader: ClassVar[None] = None
     selector: ClassVar[None] = None
+    propagator: ClassVar[None] = None
 
-    def budget_tokens(self, kv: LayerKV, num_layers: int) -> int:
+    def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         return kv.num_tokens
 
     def group(self, layer_idx: int, num_layers: int) -> range:

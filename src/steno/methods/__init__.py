@@ -25,6 +25,7 @@ from steno.methods.interfaces import (
     Evictor,
     Merger,
     Method,
+    Propagator,
     Quantizer,
     Reader,
     Scorer,
@@ -38,6 +39,7 @@ from steno.methods.merge.kvmerger import KVMerger
 from steno.methods.merge.look_m import LookM
 from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.named import NAMED, NamedRecipe, stage_text
+from steno.methods.propagate.fastkv import FastKV
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -69,9 +71,10 @@ from steno.methods.transform.palu import Palu
 from steno.methods.transform.rotatekv import RotateKV
 from steno.methods.transform.think import ThinK
 
-KINDS = ("score", "allocate", "merge", "share", "transform", "quantize", "access")
+KINDS = ("propagate", "score", "allocate", "merge", "share", "transform", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
 
+PROPAGATORS: dict[str, type[Propagator]] = {cls.id: cls for cls in (FastKV,)}
 SCORERS: dict[str, type[Scorer]] = {
     cls.id: cls
     for cls in (
@@ -104,6 +107,7 @@ ACCESSORS: dict[str, type[Access]] = {
 }
 READERS: dict[str, type[Reader]] = {cls.id: cls for cls in (StreamingLLM, KeyDiff, Locret, TrimKV)}
 METHODS: dict[str, type[Method]] = {
+    **PROPAGATORS,
     **SCORERS,
     **ALLOCATORS,
     **MERGERS,
@@ -128,6 +132,7 @@ __all__ = [
     "METHODS",
     "NAMED",
     "NVFP4",
+    "PROPAGATORS",
     "Q4_0",
     "Q8_0",
     "QUANTIZERS",
@@ -148,6 +153,7 @@ __all__ = [
     "Evict",
     "Evictor",
     "ExpectedAttention",
+    "FastKV",
     "GlobalLocal",
     "Hadamard",
     "HeavyHitters",
@@ -169,6 +175,7 @@ __all__ = [
     "NamedRecipe",
     "Palu",
     "PrefixKV",
+    "Propagator",
     "PyramidKV",
     "Quantizer",
     "Quest",

@@ -10,7 +10,7 @@ from torch import Tensor
 from steno.cache.policy import SegmentEncoder, Store
 from steno.cache.segment import Segment
 from steno.cache.transformed import Basis
-from steno.types import IndexItems, KeptTokens, LayerKV, Merged, Need, Observation, PageFormat
+from steno.types import IndexItems, KeptTokens, LayerKV, Merged, Need, Observation, PageFormat, Route
 
 if TYPE_CHECKING:
     from steno.cache.access import AccessStep, Choice
@@ -29,6 +29,26 @@ class Method(Protocol):
     trained: ClassVar[bool]
     frees_memory: ClassVar[bool]
     differs: ClassVar[str]
+
+
+class Propagator(Method, Protocol):
+    """Which tokens of the prompt a layer computes; the others go round it on the residual stream and leave no key there."""
+
+    @property
+    def query_window(self) -> int:
+        """How many of the last queries `obs.queries` must hold; 0 without `Need.QUERIES`."""
+
+    def before(self, hidden: Tensor, image_mask: Tensor | None, *, layer_idx: int, num_layers: int) -> Route | None:
+        """The tokens of a pass that a layer computes, from what comes to it, `[T, hidden]`; None: all of them.
+
+        image_mask: `[T]` bool, for those who declare `Need.IMAGE_MASK`.
+        """
+
+    def after(self, kv: LayerKV, obs: Observation) -> Tensor | None:
+        """The tokens of the prompt that all later layers compute, `[n]` int64 ascending, the last among them; None: no choice.
+
+        Asked after each layer until there is a choice; kv and obs are those of the layer.
+        """
 
 
 class Scorer(Method, Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from steno.cache.prompt import ReplayObserver
 from steno.cache.text import TokenText
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
+from steno.models.images import image_tokens
 from steno.models.learned import find_weights
 from steno.models.rope import rope_of
+from steno.models.routing import routing
 from steno.pipeline import RecipePolicy, with_weights
 from steno.recipe import Recipe, as_recipe
 from steno.types import Need
@@ -47,13 +49,15 @@ class KVCache(Cache):
     sentence_ends : frozenset of int or None
         Token ids that end a sentence (`steno.decode.text.sentence_ends`), for recipes that must know; then every forward
         pass must be announced.
+    input_ids : Tensor or None
+        The prompt, `[B, T]`, for recipes that look at which of its tokens are image tokens.
 
     Raises
     ------
     RecipeError
         If the recipe cannot be parsed, or cannot evict while it reads and should.
     ModelError
-        If the model keeps no key-value cache in any layer.
+        If the model keeps no key-value cache in any layer, or the recipe looks at images and the model takes none.
     CalibrationError
         If a method has learned nothing of the model yet.
     """
@@ -67,6 +71,7 @@ class KVCache(Cache):
         evict_while_reading: bool = False,
         model_hash: str | None = None,
         sentence_ends: frozenset[int] | None = None,
+        input_ids: Tensor | None = None,
     ) -> None:
         if prompt_tokens is not None and prompt_tokens < 1:
             raise BadArgument(f"`prompt_tokens` must be >= 1; got prompt_tokens={prompt_tokens}.")
@@ -76,7 +81,10 @@ class KVCache(Cache):
             self.recipe.check_evicts_while_reading()
             if prompt_tokens is None:
                 raise BadArgument("`evict_while_reading` needs `prompt_tokens`, the length of the whole prompt.")
-        self.reading = Reading(prompt_tokens=prompt_tokens, evict=evict_while_reading)
+        image_mask = None
+        if input_ids is not None and Need.IMAGE_MASK in self.recipe.needs:
+            image_mask = image_tokens(config, input_ids)
+        self.reading = Reading(prompt_tokens=prompt_tokens, evict=evict_while_reading, image_mask=image_mask)
         if sentence_ends is not None and Need.TOKEN_TEXT in self.recipe.needs:
             self.reading.shared.text = TokenText(sentence_ends)
         self.meter = Meter()
@@ -165,20 +173,22 @@ class KVCache(Cache):
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Within it every layer is shown what goes into its attention module, for recipes that look at hidden states.
+        """Within it a prompt is read for recipes that look at hidden states or let tokens go round layers.
 
-        Hooks on the attention modules of `model` that stand only meanwhile; none are set where the recipe needs none.
+        Hooks on the attention modules and decoder layers of `model` that stand only meanwhile; none are set where the recipe
+        needs none. Raises ModelError if tokens should go round layers and not all of them are ours.
         """
-        hooks = []
-        for module in model.modules():
-            layer = self.layers[module.layer_idx] if is_attention(module) else None
-            if isinstance(layer, LayerCache) and Need.HIDDEN_STATES in layer.policy.needs:
-                hooks.append(module.register_forward_pre_hook(partial(_show_hidden, layer), with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            if self.recipe.propagate is not None:
+                hooks.callback(self.reading.unwatch)
+                hooks.enter_context(routing(model, self.layers))
+                self.reading.is_watched = True
+            for module in model.modules():
+                layer = self.layers[module.layer_idx] if is_attention(module) else None
+                if isinstance(layer, LayerCache) and Need.HIDDEN_STATES in layer.policy.needs:
+                    hook = module.register_forward_pre_hook(partial(_show_hidden, layer), with_kwargs=True)
+                    hooks.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens of every layer, or of none; as in transformers, the count is negative."""

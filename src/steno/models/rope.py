@@ -30,6 +30,10 @@ def rope_of(config: Any, layer_type: str, device: torch.device) -> Rope | None:
         )
     nested = "rope_type" not in parameters and layer_type in parameters
     own: dict[str, Any] = parameters[layer_type] if nested else parameters
+    if own.get("mrope_section"):
+        raise UnsupportedAttention(
+            "methods that need queries before rotation know one position a token; this model rotates by time, height and width."
+        )
     kind = own.get("rope_type", "default")
     if kind == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
