@@ -184,6 +184,8 @@ def test_what_cannot_be_is_refused(weights: Any) -> None:
         steno.KVCache(model.config, None, **options)
     with pytest.raises(RecipeError, match="adakv needs the whole prompt"):
         steno.KVCache(model.config, "keydiff | adakv @ 9", **options)
+    with pytest.raises(RecipeError, match="fastkv needs the whole prompt"):
+        steno.KVCache(model.config, "fastkv | keydiff @ 9", **options)
     with pytest.raises(BadArgument, match="needs `prompt_tokens`"):
         steno.KVCache(model.config, "keydiff @ 9", evict_while_reading=True)
     with pytest.raises(CalibrationError, match="steno train locret --model M --out FILE"):

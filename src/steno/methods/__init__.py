@@ -61,6 +61,7 @@ from steno.methods.score.locret import Locret
 from steno.methods.score.recency import Recency
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.streaming_llm import StreamingLLM
+from steno.methods.score.text_prior import TextPrior
 from steno.methods.score.tova import TOVA
 from steno.methods.score.trim_kv import TrimKV
 from steno.methods.share.minicache import MiniCache
@@ -91,6 +92,7 @@ SCORERS: dict[str, type[Scorer]] = {
         Recency,
         HeavyHitters,
         GlobalLocal,
+        TextPrior,
     )
 }
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -189,6 +191,7 @@ __all__ = [
     "Sharer",
     "SnapKV",
     "StreamingLLM",
+    "TextPrior",
     "ThinK",
     "Transform",
     "TrimKV",
