@@ -415,6 +415,8 @@ class LayerCache(CacheLayerMixin):
                 shared=self.reading.shared,
                 rope=prompt.rope,
             )
+        if self.layer_idx == self.num_layers - 1:  # the prompt is over; what was told of it is held no longer
+            self.reading.image_mask = self.reading.onward = None
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)
 

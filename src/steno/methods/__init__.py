@@ -40,6 +40,7 @@ from steno.methods.merge.look_m import LookM
 from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.named import NAMED, NamedRecipe, stage_text
 from steno.methods.propagate.fastkv import FastKV
+from steno.methods.propagate.videollm_mod import VideoLLMMoD
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -75,7 +76,7 @@ from steno.methods.transform.think import ThinK
 KINDS = ("propagate", "score", "allocate", "merge", "share", "transform", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
 
-PROPAGATORS: dict[str, type[Propagator]] = {cls.id: cls for cls in (FastKV,)}
+PROPAGATORS: dict[str, type[Propagator]] = {cls.id: cls for cls in (FastKV, VideoLLMMoD)}
 SCORERS: dict[str, type[Scorer]] = {
     cls.id: cls
     for cls in (
@@ -198,6 +199,7 @@ __all__ = [
     "TurboQuant",
     "Uniform",
     "VidKV",
+    "VideoLLMMoD",
     "ZipCache",
     "ZipVL",
     "describe_methods",
