@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steno.errors import BadArgument, BudgetError, RecipeError
-from steno.methods import ACCESSORS, ALLOCATORS, KINDS, MERGERS, METHODS, QUANTIZERS, SCORERS, SHARERS, TRANSFORMS
+from steno.methods import (
+    ACCESSORS,
+    ALLOCATORS,
+    KINDS,
+    MERGERS,
+    METHODS,
+    PROPAGATORS,
+    QUANTIZERS,
+    SCORERS,
+    SHARERS,
+    TRANSFORMS,
+)
 from steno.methods.merge.evict import Evict
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.score.h2o import H2O
@@ -21,6 +32,8 @@ from steno.recipe import FULL, WHOLE, Budget, Recipe, as_recipe, parse_recipe
 from steno.types import Need
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "gate": st.sampled_from(["sigmoid", "none"]),
+    **dict.fromkeys(["layer", "frame_tokens"], st.none() | st.integers(1, 5000)),
     "pool": st.sampled_from(["avg", "max"]),
     "kernel": st.integers(0, 9).map(lambda n: 2 * n + 1),
     "group": st.sampled_from([16, 32, 64]),
@@ -96,7 +109,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
     merges = [merge for merge in MERGERS.values() if not evicts or not merge.counts_tokens]
     if share is not None or any(stage.heads_together for stage in transform):
         merges = [Evict]
+    replays = score is not None and Need.REPLAY in score.needs
     return Recipe(
+        propagate=None if replays or share is not None else draw(st.none() | instances(PROPAGATORS)),
         score=score,
         allocate=draw(st.none() | instances(ALLOCATORS)) if score else None,
         merge=draw(st.none() | instances({cls.id: cls for cls in merges})) if score else None,

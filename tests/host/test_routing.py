@@ -194,6 +194,8 @@ def test_errors() -> None:
         read(model, ids, "fastkv(layer=3)")
     with pytest.raises(RecipeError, match="without kvzip"):
         steno.KVCache(model.config, "fastkv | kvzip @ 50%")
+    with pytest.raises(RecipeError, match="keeps layers together"):
+        steno.KVCache(model.config, "fastkv | xkv")
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
