@@ -11,7 +11,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Evictor, Propagator, Reader, SegmentEncoder, Selection, Selector, Sharer, Transform
+from steno.cache.policy import Attender, Evictor, Reader, Router, SegmentEncoder, Selection, Selector, Sharer, Transform
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -87,8 +87,14 @@ class RecipePolicy:
         return self.recipe.reader
 
     @property
-    def propagator(self) -> Propagator | None:
-        return self.recipe.propagate
+    def router(self) -> Router | None:
+        stage = self.recipe.propagate
+        return cast(Router, stage) if stage is not None and stage.routes_layers else None
+
+    @property
+    def attender(self) -> Attender | None:
+        stage = self.recipe.propagate
+        return None if stage is None or stage.routes_layers else cast(Attender, stage)
 
     @property
     def selector(self) -> Selector | None:

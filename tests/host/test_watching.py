@@ -22,7 +22,9 @@ def watching_cache(model: Any, needs: set[Need], **options: Any) -> steno.KVCach
     """A cache that gathers `needs` and never compresses."""
     cache = steno.KVCache(model.config, prompt_tokens=10**6, **options)
     for layer in cache.own_layers:
-        layer.policy = SimpleNamespace(needs=frozenset(needs), query_window=0, query_statistics_skip=0, propagator=None)
+        layer.policy = SimpleNamespace(
+            needs=frozenset(needs), query_window=0, query_statistics_skip=0, router=None, attender=None
+        )
     return cache
 
 

@@ -21,6 +21,7 @@ from steno.kernels.quant import decode_pages, encode_pages, page_bytes
 from steno.methods import (
     Access,
     Allocator,
+    Attender,
     Encoder,
     Evictor,
     Merger,
@@ -28,6 +29,7 @@ from steno.methods import (
     Propagator,
     Quantizer,
     Reader,
+    Router,
     Scorer,
     Sharer,
     Transform,
@@ -352,9 +354,20 @@ def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tenso
     hidden = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(seed))
     images = is_image if Need.IMAGE_MASK in propagator.needs else None
     before = [t.clone() for t in (*tensors(kv), *tensors(obs), hidden, is_image)]
+    assert (propagator.query_window > 0) == (Need.QUERIES in propagator.needs)
     for layer_idx in range(obs.num_layers):
         seen = dataclasses.replace(obs, layer_idx=layer_idx)
-        onward, again = (propagator.after(kv, seen) for _ in range(2))
+        if not propagator.routes_layers:
+            q = torch.randn(kv.num_kv_heads * 3, num_tokens, kv.head_dim, generator=torch.Generator().manual_seed(1))
+            taking, same = (cast(Attender, propagator).within(kv, q, seen) for _ in range(2))
+            assert (taking is None) == (same is None)
+            if taking is not None and same is not None:
+                assert torch.equal(taking, same)
+                assert taking[-1] == num_tokens - 1
+                assert (taking.diff() > 0).all()
+            continue
+        router = cast(Router, propagator)
+        onward, again = (router.after(kv, seen) for _ in range(2))
         assert (onward is None) == (again is None)
         if onward is not None and again is not None:
             assert torch.equal(onward, again)
@@ -362,9 +375,7 @@ def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tenso
             assert torch.isin(onward, kv.positions).all()
             assert onward[-1] == kv.positions[-1]
             assert (onward.diff() > 0).all()
-        route, same = (
-            propagator.before(hidden, images, layer_idx=layer_idx, num_layers=obs.num_layers) for _ in range(2)
-        )
+        route, same = (router.before(hidden, images, layer_idx=layer_idx, num_layers=obs.num_layers) for _ in range(2))
         if route is not None and same is not None:
             assert torch.equal(route.index, same.index)
             assert route.index.dtype == torch.int64
@@ -373,7 +384,6 @@ def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tenso
             assert 0 <= int(route.index[0]) <= int(route.index[-1]) < num_tokens
             assert route.gates is None or route.gates.shape == route.index.shape
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs), hidden, is_image), strict=True))
-    assert (propagator.query_window > 0) == (Need.QUERIES in propagator.needs)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,8 +212,8 @@ class LayerCache(CacheLayerMixin):
 
         Comes before `attend`, which then gets those tokens alone.
         """
-        propagator, count = self.policy.propagator, hidden.shape[1]
-        if propagator is None or self.content is not None or self.reading.replay is not None or len(hidden) != 1:
+        router, count = self.policy.router, hidden.shape[1]
+        if router is None or self.content is not None or self.reading.replay is not None or len(hidden) != 1:
             return None
         if self.layer_idx == 0:
             self.reading.onward = None
@@ -222,7 +223,7 @@ class LayerCache(CacheLayerMixin):
             is_image = self._image_tokens(len(hidden), count)
             images = None if is_image is None else is_image[0]
             with torch.no_grad():
-                route = propagator.before(hidden[0], images, layer_idx=self.layer_idx, num_layers=self.num_layers)
+                route = router.before(hidden[0], images, layer_idx=self.layer_idx, num_layers=self.num_layers)
         if route is not None:
             self._routed = route.index, count
         return route
@@ -266,7 +267,7 @@ class LayerCache(CacheLayerMixin):
         routed, self._routed = self._routed, None
         index, count = routed or (None, q.shape[2])
         is_image, positions = self._image_tokens(len(q), count), None
-        if self.content is None and self.policy.propagator is not None:
+        if self.content is None and self.policy.router is not None:
             positions = self.seen + (torch.arange(count, device=q.device) if index is None else index)
         if index is not None and is_image is not None:
             is_image = is_image[:, index]
@@ -310,12 +311,12 @@ class LayerCache(CacheLayerMixin):
         return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
 
     def _read(self, new: NewTokens, count: int) -> Tensor:
-        if self.policy.propagator is not None and not self.reading.is_watched:
+        if self.policy.router is not None and not self.reading.is_watched:
             raise CacheError(
                 "this recipe lets tokens go round layers, which generate() alone cannot do: read the text with "
                 "steno.load(...).read(text, recipe=...), or generate within `with cache.watching(model):`."
             )
-        if self.policy.propagator is not None and (len(new.q) != 1 or new.counts is not None):
+        if self.policy.router is not None and (len(new.q) != 1 or new.counts is not None):
             raise CacheError(
                 f"tokens can go round layers for one sequence at a time, without padding; the batch has {len(new.q)} rows."
             )
@@ -326,10 +327,15 @@ class LayerCache(CacheLayerMixin):
             )
         if self._prompt is None:
             self._prompt = self._begin(new)
-        out = self._prompt.read(new)
+        prompt = self._prompt
+        if isinstance(prompt, EvictingPrompt):
+            out = prompt.read(new)
+        else:
+            out = prompt.read(new, None if self.policy.attender is None else partial(self._attending, prompt))
         self._advance(new, count)
-        self._go_on(self._prompt, count)
-        self.meter.touch(self._prompt.dense_bytes)
+        if isinstance(prompt, Prompt):
+            self._go_on(prompt, count)
+        self.meter.touch(prompt.dense_bytes)
         if self._prompt_is_complete() and Need.REPLAY not in self.policy.needs:
             self.compress(None)
         else:
@@ -351,12 +357,24 @@ class LayerCache(CacheLayerMixin):
             prompt_tokens=self.reading.prompt_tokens,
         )
 
-    def _go_on(self, prompt: Prompt | EvictingPrompt, count: int) -> None:
+    def _attending(self, prompt: Prompt, b: int, queries: Tensor) -> Tensor | None:
+        """Which tokens of a row take part in the attention; queries: `[H, T, D]`, of the pass."""
+        assert self.policy.attender is not None
+        kv, observation = self._observed(prompt, b)
+        whole = self.reading.prompt_tokens is None or self.seen + queries.shape[1] >= self.reading.prompt_tokens
+        if not whole or queries.shape[1] != kv.num_tokens:
+            raise CacheError(
+                "tokens that take part in attention are chosen once, from the whole prompt: read it in one pass, without "
+                "`prefill_chunk_size`."
+            )
+        return self.policy.attender.within(kv, queries, observation)
+
+    def _go_on(self, prompt: Prompt, count: int) -> None:
         """Notes which tokens the layers after this one compute."""
-        propagator = self.policy.propagator
-        if propagator is None or self.reading.onward is not None or isinstance(prompt, EvictingPrompt):
+        router = self.policy.router
+        if router is None or self.reading.onward is not None:
             return
-        onward = propagator.after(*self._observed(prompt))
+        onward = router.after(*self._observed(prompt))
         if onward is None:
             return
         if not self._prompt_is_complete() or self.seen != count:
@@ -456,10 +474,10 @@ class LayerCache(CacheLayerMixin):
             )
         return self._observed(self._prompt)
 
-    def _observed(self, prompt: Prompt) -> tuple[LayerKV, Observation]:
-        kv = prompt.layer_kv(0)
-        return kv, prompt.observers[0].observation(
-            kv, layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=self.row_seen[0], replay_mass=None
+    def _observed(self, prompt: Prompt, b: int = 0) -> tuple[LayerKV, Observation]:
+        kv = prompt.layer_kv(b)
+        return kv, prompt.observers[b].observation(
+            kv, layer_idx=self.layer_idx, num_layers=self.num_layers, budget_tokens=kv.num_tokens, replay_mass=None
         )
 
     # accounting

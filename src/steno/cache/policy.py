@@ -37,12 +37,18 @@ class Reader(Protocol):
     ) -> Tensor: ...
 
 
-class Propagator(Protocol):
+class Attender(Protocol):
+    """A method that lets some tokens of the prompt take part in attention."""
+
+    def within(self, kv: LayerKV, queries: Tensor, obs: Observation) -> Tensor | None: ...
+
+
+class Router(Protocol):
     """A method that lets tokens of the prompt go round layers."""
 
     def before(self, hidden: Tensor, image_mask: Tensor | None, *, layer_idx: int, num_layers: int) -> Route | None: ...
 
-    def after(self, kv: LayerKV, observation: Observation) -> Tensor | None: ...
+    def after(self, kv: LayerKV, obs: Observation) -> Tensor | None: ...
 
 
 class Selector(Protocol):
@@ -183,8 +189,13 @@ class LayerPolicy(Protocol):
     def selector(self) -> Selector | None: ...
 
     @property
-    def propagator(self) -> Propagator | None:
+    def router(self) -> Router | None:
         """What lets tokens go round layers while the prompt is read; None: all tokens pass all layers."""
+        ...
+
+    @property
+    def attender(self) -> Attender | None:
+        """What lets some tokens take part in attention while the prompt is read; None: all do."""
         ...
 
     def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:

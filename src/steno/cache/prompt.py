@@ -69,8 +69,12 @@ class Prompt:
         positions = torch.arange(keys.shape[1], device=keys.device) if self.positions is None else self.positions
         return LayerKV(keys=keys, values=values, positions=positions)
 
-    def read(self, new: NewTokens) -> Tensor:
-        """Takes new tokens in and attends causally over all read so far: `[B, H, T, D]`."""
+    def read(self, new: NewTokens, attending: Callable[[int, Tensor], Tensor | None] | None = None) -> Tensor:
+        """Takes new tokens in and attends causally over all read so far: `[B, H, T, D]`.
+
+        attending: tells from a row and its new queries `[H, T, D]` which of the tokens take part in the attention, `[n]`;
+        None, or an answer of None: all.
+        """
         is_first = not any(k.shape[1] for k, _ in self.rows)
         if new.positions is not None:
             past = new.positions[:0] if self.positions is None else self.positions
@@ -89,24 +93,35 @@ class Prompt:
                     is_image=None if row.is_image is None else row.is_image[0],
                     positions=row.positions,
                 )
-        if new.counts is None and is_first:
+        if new.counts is None and is_first and attending is None:
             return self._attend(new, new.k, new.v, self.observers)
         out = torch.zeros_like(new.q)
         for b, count in enumerate(new.row_counts):
             if count:
-                k, v = self.rows[b]
-                new.scatter_(out, b, self._attend(new.row(b), k[None], v[None], self.observers[b : b + 1]))
+                row, (k, v) = new.row(b), self.rows[b]
+                index = None if attending is None else attending(b, row.q[0])
+                new.scatter_(out, b, self._attend(row, k[None], v[None], self.observers[b : b + 1], index))
         return out
 
-    def _attend(self, new: NewTokens, k: Tensor, v: Tensor, observers: list[PromptObserver]) -> Tensor:
-        """Causal attention of the last T of S tokens, k and v `[B, Hkv, S, D]`, which shows its mass to those who ask."""
+    def _attend(
+        self, new: NewTokens, k: Tensor, v: Tensor, observers: list[PromptObserver], index: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention of the last T of S tokens, k and v `[B, Hkv, S, D]`, which shows its mass to those who ask.
+
+        index: `[n]`, those of T = S tokens that take part; the others get zeros. None: all.
+        """
         q, scale, softcap, sinks = new.q, new.scale, new.softcap, new.sinks
+        if index is not None:
+            q, k, v = (x[:, :, index] for x in (q, k, v))
         if Need.ATTENTION_MASS not in self.policy.needs:
-            return causal_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
-        out, mass = causal_attention_and_mass(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
-        for observer, row_mass in zip(observers, mass, strict=True):
-            observer.see_mass(row_mass)
-        return out
+            out = causal_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+        else:
+            out, mass = causal_attention_and_mass(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+            if index is not None:
+                mass = mass.new_zeros(*mass.shape[:2], new.num_new).index_copy_(2, index, mass)
+            for observer, row_mass in zip(observers, mass, strict=True):
+                observer.see_mass(row_mass)
+        return out if index is None else torch.zeros_like(new.q).index_copy_(2, index, out)
 
     def held_tokens(self) -> list[list[int]]:
         """Held tokens `[B][Hkv]`."""

@@ -30,7 +30,8 @@ class Look:
     evictor: ClassVar[None] = None
     reader: ClassVar[None] = None
     selector: ClassVar[None] = None
-    propagator: ClassVar[None] = None
+    router: ClassVar[None] = None
+    attender: ClassVar[None] = None
 
     def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         return kv.num_tokens

@@ -21,6 +21,7 @@ from steno.methods.allocate.zipvl import ZipVL
 from steno.methods.interfaces import (
     Access,
     Allocator,
+    Attender,
     Encoder,
     Evictor,
     Merger,
@@ -28,6 +29,7 @@ from steno.methods.interfaces import (
     Propagator,
     Quantizer,
     Reader,
+    Router,
     Scorer,
     Sharer,
     Transform,
@@ -41,6 +43,7 @@ from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.named import NAMED, NamedRecipe, stage_text
 from steno.methods.propagate.fastkv import FastKV
 from steno.methods.propagate.videollm_mod import VideoLLMMoD
+from steno.methods.propagate.zipvl_attention import ZipVLAttention
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -76,7 +79,7 @@ from steno.methods.transform.think import ThinK
 KINDS = ("propagate", "score", "allocate", "merge", "share", "transform", "quantize", "access")
 """The kinds of stages, in the order in which a recipe names them."""
 
-PROPAGATORS: dict[str, type[Propagator]] = {cls.id: cls for cls in (FastKV, VideoLLMMoD)}
+PROPAGATORS: dict[str, type[Propagator]] = {cls.id: cls for cls in (FastKV, VideoLLMMoD, ZipVLAttention)}
 SCORERS: dict[str, type[Scorer]] = {
     cls.id: cls
     for cls in (
@@ -149,6 +152,7 @@ __all__ = [
     "AdaKV",
     "All",
     "Allocator",
+    "Attender",
     "Chelsea",
     "DoubleSparsity",
     "EMSHeads",
@@ -187,6 +191,7 @@ __all__ = [
     "Reader",
     "Recency",
     "RotateKV",
+    "Router",
     "Scorer",
     "SentenceKV",
     "Sharer",
@@ -202,6 +207,7 @@ __all__ = [
     "VideoLLMMoD",
     "ZipCache",
     "ZipVL",
+    "ZipVLAttention",
     "describe_methods",
     "stage_text",
     "whole_paper",

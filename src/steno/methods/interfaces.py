@@ -32,11 +32,28 @@ class Method(Protocol):
 
 
 class Propagator(Method, Protocol):
-    """Which tokens of the prompt a layer computes; the others go round it on the residual stream and leave no key there."""
+    """Which tokens of the prompt a layer computes: a `Router` or an `Attender`."""
+
+    routes_layers: ClassVar[bool]
+    """Whether it is a `Router`."""
 
     @property
     def query_window(self) -> int:
         """How many of the last queries `obs.queries` must hold; 0 without `Need.QUERIES`."""
+
+
+class Attender(Propagator, Protocol):
+    """Which tokens of the prompt take part in the attention of a layer; the others get zeros from it, and are kept."""
+
+    def within(self, kv: LayerKV, queries: Tensor, obs: Observation) -> Tensor | None:
+        """The tokens that take part, `[n]` int64 ascending, the last among them; None: all.
+
+        kv and obs: those of the layer; queries: `[H, S, D]`, of the whole prompt, post-RoPE.
+        """
+
+
+class Router(Propagator, Protocol):
+    """Which tokens pass a layer; the others go round it on the residual stream and leave no key there."""
 
     def before(self, hidden: Tensor, image_mask: Tensor | None, *, layer_idx: int, num_layers: int) -> Route | None:
         """The tokens of a pass that a layer computes, from what comes to it, `[T, hidden]`; None: all of them.

@@ -179,7 +179,7 @@ class KVCache(Cache):
         needs none. Raises ModelError if tokens should go round layers and not all of them are ours.
         """
         with ExitStack() as hooks:
-            if self.recipe.propagate is not None:
+            if self.recipe.propagate is not None and self.recipe.propagate.routes_layers:
                 hooks.callback(self.reading.unwatch)
                 hooks.enter_context(routing(model, self.layers))
                 self.reading.is_watched = True

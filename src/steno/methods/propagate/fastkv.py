@@ -64,6 +64,7 @@ class FastKV:
         "The propagation of tokens only; what each layer keeps is left to the scorer, for the paper's choice "
         "snapkv(window=8, kernel=7, pool='max'), which pools after the mean over the group, not before."
     )
+    routes_layers: ClassVar[bool] = True
 
     layer: int | None = None
     share: float = 0.2

@@ -63,6 +63,7 @@ class VideoLLMMoD:
         "The mechanism at inference only, with a router from a file: training it with the model is not done here, and no "
         "result of the paper is reproduced. Which layers are routed and the gate are readings of the text."
     )
+    routes_layers: ClassVar[bool] = True
 
     router: str | None = None
     share: float = 0.2
