@@ -106,6 +106,7 @@ class Observation:
     hidden_states: `[S, hidden]`, what goes into the attention module.
     image_mask: `[S]` bool, which tokens are image or video tokens.
     replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
+    positions: `[S]` int64, the true ones of these tokens, ascending, where some went round the layer; None: 0 .. S - 1.
     scaling, softcap: of the logits, `softcap * tanh(scaling * q.k / softcap)`, plain where softcap is None.
     budget_tokens: what the layer may keep, tokens per KV head on average.
     """
@@ -125,6 +126,11 @@ class Observation:
     hidden_states: Tensor | None = None
     image_mask: Tensor | None = None
     replay_mass: Tensor | None = None
+    positions: Tensor | None = None
+
+    def index_of(self, positions: Tensor) -> Tensor:
+        """Where tokens of these true positions stand among the S."""
+        return positions if self.positions is None else torch.searchsorted(self.positions, positions)
 
 
 @dataclass(frozen=True, kw_only=True)

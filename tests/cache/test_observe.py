@@ -40,7 +40,7 @@ def hidden_of(q):
 
 def looking_at(*needs):
     """A policy that only looks."""
-    return SimpleNamespace(needs=frozenset(needs), query_window=0, query_statistics_skip=0)
+    return SimpleNamespace(needs=frozenset(needs), query_window=0, query_statistics_skip=0, router=None)
 
 
 def tokens(num_rows, num_tokens):

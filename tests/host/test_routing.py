@@ -130,6 +130,7 @@ def test_a_planted_token_goes_on() -> None:
         ("fastkv(layer=1, share=0.1, window=4) | keydiff @ 20%", [20, 20, 10]),
         ("fastkv(layer=0, share=0.4) | h2o @ 20", [20, 20, 20]),
         ("fastkv(layer=0, share=0.4, window=70) | hadamard | int4", [100, 70, 70]),
+        ("fastkv(layer=0, share=0.4) | zipcache", [100, 40, 40]),
     ],
 )
 def test_with_the_other_stages(recipe: str, held: list[int]) -> None:

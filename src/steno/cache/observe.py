@@ -104,6 +104,7 @@ class PromptObserver:
             hidden_states=self.hidden,
             image_mask=self.is_image,
             replay_mass=replay_mass,
+            positions=kv.positions if self.policy.router is not None else None,
         )
 
     def _plain_keys(self, kv: LayerKV) -> Tensor | None:

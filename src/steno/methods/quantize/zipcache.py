@@ -177,14 +177,15 @@ class ZipCache:
 
     def encode(self, tokens: KeptTokens) -> Segment:
         """Each head with its own salient tokens."""
-        scores = None
-        if tokens.observation is not None:
-            mass = tokens.observation.attention_mass
+        obs, scores = tokens.observation, None
+        if obs is not None:
+            mass = obs.attention_mass
             assert mass is not None, "declared in `needs`"
             scores = normalized_attention(mass, len(tokens.keys))
 
         def head(h: int, keys: Tensor, values: Tensor) -> ZipHead:
-            return self._head(keys, values, None if scores is None else scores[h, tokens.positions[h]])
+            seen = None if obs is None or scores is None else scores[h, obs.index_of(tokens.positions[h])]
+            return self._head(keys, values, seen)
 
         return PartsSegment.of(tokens, head)
 
