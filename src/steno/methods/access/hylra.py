@@ -91,8 +91,9 @@ class HyLRA:
         """Whose choice a layer reads, its own included; -1: it reads everything."""
         if self.weights is None:
             raise CalibrationError(
-                "hylra must know what each layer does, and steno cannot profile a model for it yet: name a file with `source_layer` "
-                "[L] (-1: the layer reads everything; its own number: it chooses; another: whose choice it reads), hylra(weights='FILE')."
+                "hylra must know what each layer does, and steno cannot profile a model for it yet: name a file, "
+                "hylra(weights='FILE'), with `source_layer` [L]: -1 where a layer reads everything, its own number where it "
+                "chooses, another's where it reads what that one chose."
             )
         return _sources(load_calibration(self.weights, (SOURCE,)), num_layers)[layer_idx]
 
