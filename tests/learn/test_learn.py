@@ -52,15 +52,28 @@ def data(tmp_path: Path) -> Path:
     return place
 
 
+STATISTICS = {"expected_attention", "palu", "cskv", "rotatekv"}
+"""Methods that take theirs from the prompt where no file is named."""
+
+
+@pytest.mark.parametrize("method", ["palu", "cskv", "rotatekv"])
+def test_moments_serve_a_transform(method: str, folder: Path, lm: Any, data: Path, tmp_path: Path) -> None:
+    place = tmp_path / "moments.safetensors"
+    assert run(["calibrate", method, "--model", str(folder), "--data", str(data), "--out", str(place)]) == 0
+    ctx = lm.read(TEXT[:600], f"{method}(statistics={str(place)!r})")
+    logprobs = torch.cat([step.logprobs for step in ctx.go_on([5], max_new_tokens=3, keep_logprobs=True)])
+    assert logprobs.shape[0] == 3
+    assert torch.isfinite(logprobs).all()
+
+
 def test_the_table_knows_its_methods() -> None:
     assert all(LEARNERS[id].command == ("train" if METHODS[id].trained else "calibrate") for id in LEARNERS)
     weighted = {id for id, cls in METHODS.items() if "weights" in {f.name for f in dataclasses.fields(cls)}}
-    statistics = {"expected_attention", "palu", "cskv", "rotatekv"}  # they can do without
-    assert weighted - {"hylra"} == set(LEARNERS) - statistics  # hylra's file cannot be made from a model yet
+    assert weighted - {"hylra"} == set(LEARNERS) - STATISTICS  # hylra's file cannot be made from a model yet
     assert all((learner.steps > 0) == (learner.command == "train") for learner in LEARNERS.values())
 
 
-@pytest.mark.parametrize("method", [id for id in LEARNERS if id != "expected_attention"])
+@pytest.mark.parametrize("method", [id for id in LEARNERS if id not in STATISTICS])
 def test_a_command_learns_and_recipes_find_it(
     method: str, folder: Path, lm: Any, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -201,7 +214,7 @@ def test_capacity_is_what_is_remembered() -> None:
     assert over_capacity(torch.full((1, 8), -50.0), 1.0) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("learner", [x for x in LEARNERS.values() if x.id != "expected_attention"], ids=lambda x: x.id)
+@pytest.mark.parametrize("learner", [x for x in LEARNERS.values() if x.id not in STATISTICS], ids=lambda x: x.id)
 def test_what_the_embedded_model_needs_is_shipped(learner: Any) -> None:
     [place] = SHIPPED.glob(f"{learner.id}-*.safetensors")
     with safe_open(place, framework="pt") as file:
