@@ -12,6 +12,7 @@ from steno.bench.peers import PROJECTS
 from steno.errors import RecipeError
 from steno.methods import METHODS
 from steno.recipe import parse_recipe
+from steno.types import Need
 
 MODEL, DTYPE, SEED = "smollm2-135m", "bfloat16", 0
 BUDGETS = ("50%", "25%", "12.5%")
@@ -26,6 +27,7 @@ AT_ALL_BUDGETS = ("niah", "questions")
 """Tasks that are measured at the other budgets too."""
 
 BY_KIND = {
+    "propagate": "{id} | snapkv @ {budget}",
     "score": "{id} @ {budget}",
     "allocate": "snapkv | {id} @ {budget}",
     "merge": "snapkv | {id} @ {budget}",
@@ -61,6 +63,9 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
     for name, method in METHODS.items():
         if method.trained:
             left_out[name] = "it needs weights that are trained for the model first"
+            continue
+        if Need.IMAGE_MASK in method.needs:
+            left_out[name] = "it looks at images, and the model takes none"
             continue
         for form in FORMS.get(name, (BY_KIND[method.kind],)):
             try:

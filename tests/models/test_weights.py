@@ -193,7 +193,7 @@ def test_a_torch_without_fbgemm_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_embedded_model_loses_little(kind: str, kl: float, top1: float) -> None:
     from pydoc_data.topics import topics
 
-    lm = steno.load()
+    lm = steno.load(dtype="fp32")  # in bfloat16 the rounding of what is computed hides that of the weights
     ids = torch.tensor([lm.tokenize("\n\n".join(topics[name] for name in sorted(topics))[:4000])[:512]])
     assert ids.shape[1] == 512
     expected = lm.model(ids, use_cache=False).logits[0].log_softmax(-1)
