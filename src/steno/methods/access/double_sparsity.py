@@ -126,6 +126,6 @@ def _of_layer(tensors: Mapping[str, Tensor], layer_idx: int, num_layers: int, li
     wanted = [num_layers, *like.shape]
     if list(importance.shape) != wanted:
         raise CalibrationError(
-            f"the channel importance must be that of this model, {wanted}; got {list(importance.shape)}: calibrate on this model."
+            f"the channel importance must be that of this model, {wanted}; got {list(importance.shape)}: use one of it."
         )
     return importance[layer_idx].to(like.device)

@@ -128,12 +128,12 @@ def _sources(tensors: Mapping[str, Tensor], num_layers: int) -> list[int]:
     sources = [int(x) for x in tensors[SOURCE].flatten().tolist()]
     if len(sources) != num_layers:
         raise CalibrationError(
-            f"{SOURCE} must have one entry per layer of this model, {num_layers}; got {len(sources)}: calibrate on this model."
+            f"{SOURCE} must have one entry per layer of this model, {num_layers}; got {len(sources)}: name a file of this model."
         )
     for layer, source in enumerate(sources):
         if not -1 <= source <= layer or (source >= 0 and sources[source] != source):
             raise CalibrationError(
-                f"{SOURCE} must name for layer {layer} a layer up to it that chooses, or -1; got {source}: calibrate anew."
+                f"{SOURCE} must name for layer {layer} a layer up to it that chooses, or -1; got {source}: mend the file."
             )
     return sources
 

@@ -5,8 +5,8 @@ Source: Chang, Lin, Lin, Chen, Hu, Wang, Huang, Ceze, Abdelfattah, Wu, 2024, htt
 Differs: the factors are found from the second moment of keys and values themselves: the whitened SVD of a projection W
     truncated to rank r is W V V^T with the r principal directions V of x W, so projecting the cached vectors gives the same
     latents up to a rotation, for any model and with no change of its weights. Without a file the moments are those of the
-    prompt. Ranks are one for all layers, or follow each layer's spread, in place of the Fisher search. A bias of the
-    projections counts as part of the vectors. The Hadamard on latents is a stage of its own: `palu | hadamard | int4`.
+    prompt. Ranks are one for all layers in place of the Fisher search. A bias of the projections counts as part of the
+    vectors. The Hadamard on latents is a stage of its own: `palu | hadamard | int4`.
 Cost: an eigendecomposition of `[g D, g D]` per group and layer once; per step and token 2 g D r FLOPs per KV head to restore
     keys, tile by tile; values are never restored.
 """
