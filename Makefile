@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard src/steno/kernels/csrc/*)
 SANITIZED := build/sanitized
 # true where the compiler is gcc and has its runtimes of the sanitizers
-HAS_SANITIZERS = for name in asan ubsan; do test -e "$$($(CXX) -print-file-name=lib$$name.so 2>/dev/null)" || exit 1; done
+HAS_SANITIZERS = (for name in asan ubsan; do test -e "$$($(CXX) -print-file-name=lib$$name.so 2>/dev/null)" || exit 1; done)
 
 RESULTS := benchmarks/results
 FIGURES := docs/figures
@@ -20,14 +20,14 @@ demo: model
 
 test: lint model $(VENV)/.browser
 	$(BIN)/python -m pytest
+	@if $(HAS_SANITIZERS); then $(MAKE) test-native; else echo "no gcc with its sanitizers: test-native is left out"; fi
 
-# the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end. Apart from
-# `test`, as compiling them takes several minutes
+# the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end. What they
+# report goes to the terminal, as they end the process before pytest shows what it caught
 test-native: $(SANITIZED)/.built
-	@($(HAS_SANITIZERS)) || { echo "this needs gcc with its sanitizers (libasan, libubsan)"; exit 1; }
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
-		$(BIN)/python -m pytest tests/kernels tests/codec/test_rans.py -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
+		$(BIN)/python -m pytest --capture=sys tests/kernels tests/codec/test_rans.py -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
 
 slow: model
 	$(BIN)/python -m pytest -m slow
@@ -94,6 +94,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed-dev setup.py $(NATIVE)
+	@$(HAS_SANITIZERS) || { echo "this needs gcc with its sanitizers (libasan, libubsan)"; exit 1; }
 	CC=$(CXX) CXX=$(CXX) $(BIN)/python setup.py -q build_ext --sanitize --force \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	touch $@

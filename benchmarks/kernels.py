@@ -4,7 +4,8 @@ Cases: `batch` (one new token for each row of a batch), `queries` (few new token
 short turn), `long` (one row of twice the context, on one thread and on two), `shared` (all rows share one prefix, against
 rows that hold it each). Every contender reads several copies of its cache in turn, together larger than `--footprint-mib`,
 so a repeat finds its cache in DRAM and not in the processor's caches, as a step of a model with many layers would.
-Contenders take turns within a repeat, so a machine that slows down slows all of them. Only the attention call is timed:
+Contenders and the plain reads that bandwidth is told from take turns within a repeat, so a machine that slows down slows
+all of them. Only the attention call is timed:
 SDPA gets keys and values ready in its own layout.
 """
 
@@ -36,6 +37,7 @@ class Bench:
     def __init__(self, heads: Heads) -> None:
         self.heads, self.device = heads, heads.device
         self.wake = torch.ones(2**20)
+        self.numbers = torch.ones(2, heads.footprint // 8, device=heads.device).unbind()  # fp32, the footprint together
 
     def seconds(self, step: Step) -> float:
         if self.device == "cuda":
@@ -49,19 +51,16 @@ class Bench:
         step()
         return time.perf_counter() - started
 
-    def read_bandwidth(self) -> float:
-        """Bytes per second of the faster of two plain reads in torch, a sum and a dot product, over the footprint."""
-        x, y = torch.ones(2, self.heads.footprint // 8, device=self.device).unbind()  # fp32, the footprint together
-        best = 0.0
-        for call, num_bytes in ((x.sum, x.nbytes), (lambda: torch.dot(x, y), x.nbytes + y.nbytes)):
-            best = max(best, *(num_bytes / self.seconds(call) for _ in range(8)))
-        return best
+    def read_bandwidths(self) -> tuple[float, float]:
+        """Bytes per second of two plain reads in torch over the footprint, a sum and a dot product."""
+        x, y = self.numbers
+        return x.nbytes / self.seconds(x.sum), (x.nbytes + y.nbytes) / self.seconds(lambda: torch.dot(x, y))
 
     def measure(self, case: Case, repeats: int) -> Iterator[Row]:
         """One row for each contender and number of threads; the first round only warms up."""
         contenders = list(self.heads.contenders(case))
         seconds: dict[tuple[int, int], list[float]] = {}
-        bandwidth = dict.fromkeys(case.threads, 0.0)
+        reads: dict[int, list[tuple[float, float]]] = {threads: [] for threads in case.threads}
         free_cores: dict[int, list[float]] = {threads: [] for threads in case.threads}
         if self.device == "cuda":  # each copy of a table makes its plan in its first call
             for step in (step for contender in contenders for step in contender.copies):
@@ -76,8 +75,9 @@ class Bench:
                         seconds.setdefault((i, threads), []).append(took)
                 if threads > 1:
                     free_cores[threads].append(compute_speedup(threads))
-                if repeat in (0, repeats):
-                    bandwidth[threads] = max(bandwidth[threads], self.read_bandwidth())
+                reads[threads].append(self.read_bandwidths())
+        # a median like the times beside it, of the faster kind of read
+        bandwidth = {n: max(quartiles(kind)[1] for kind in zip(*found[1:], strict=True)) for n, found in reads.items()}
         for (i, threads), took in seconds.items():
             low, median, high = quartiles(took)
             contender = contenders[i]

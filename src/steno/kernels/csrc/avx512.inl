@@ -8,6 +8,10 @@ inline void store(float *p, F x) { _mm512_storeu_ps(p, x); }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 // into the second level, as the first one has too few places for what is still on its way from memory
 inline void prefetch_far(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1); }
+// The processor reads ahead by itself, but within 4 kB, and starts anew in the next.
+inline void prefetch_page_start(const void *p) {
+    if ((reinterpret_cast<uintptr_t>(p) & 4095) < 512) prefetch(p);
+}
 inline F set1(float x) { return _mm512_set1_ps(x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -35,8 +35,8 @@ inline void multiply_pair_chunks(const Operand &a, int64_t column, const uint32_
     const uint8_t *row = a.codes + column * 2;
     for (int64_t r = 0; r < a.rows; r += 2, row += 2 * step) {
         unroll<N>([&](auto n) STENO_INLINE {
-            prefetch_far(row + next + n * 64);
-            prefetch_far(row + next + step + n * 64);
+            prefetch_page_start(row + next + n * 64);
+            prefetch_page_start(row + next + step + n * 64);
         });
         I x[N], y[N];
         unroll<N>([&](auto n) STENO_INLINE {
@@ -91,7 +91,7 @@ inline void dot_pair_keys(const uint8_t *keys, int64_t count, int64_t dim, const
                 const uint8_t *key = keys + token * step;
                 unroll<M>([&](auto m) STENO_INLINE { acc[m][i] = PairSums{}; });
                 if (token >= count) return;
-                for (int64_t at = 0; at < step; at += 64) prefetch_far(key + kPageTokens * step + at);
+                for (int64_t at = 0; at < step; at += 64) prefetch_page_start(key + kPageTokens * step + at);
                 if constexpr (C > 0) {
                     unroll<C>([&](auto c) STENO_INLINE {
                         const I y = load_pairs(key + c * 64);
