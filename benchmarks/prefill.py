@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,14 +24,17 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # transformers looks for a package `kernels` and must not find this folder's kernels.py
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
 
 import torch
+from benchmarks.common import cpu_name
+from benchmarks.result_recipes import MIDDLE, entries
 from transformers import DynamicCache
 
 import steno
 from steno.cache.layer import LayerCache
-from steno.methods import ACCESSORS, ALLOCATORS, QUANTIZERS, SCORERS, KVzip
+from steno.errors import StenoError
+from steno.methods import KVzip
 from steno.recipe import parse_recipe
 from steno.replay import replay_context
 from steno.types import Need
@@ -40,19 +42,13 @@ from steno.types import Need
 HOST = "DynamicCache"
 BASELINES = (HOST, "full")
 WARM_UP_TOKENS = 512
-COMBINATIONS = (
-    "snapkv | adakv | int4 @ 25%",
-    "kvzip | adakv | kivi(bits=4) @ 50%",
-)
 
 
 def default_recipes() -> list[str]:
-    """Every method of the tables at work once, and some combinations."""
-    scorers = [f"{name} @ 25%" for name, cls in SCORERS.items() if Need.REPLAY not in cls.needs]
-    allocators = [f"snapkv | {name} @ 25%" for name in ALLOCATORS if name != "uniform"]
-    quantizers = [f"{name} @ 100%" for name in QUANTIZERS]
-    accessors = [f"{name} @ 100%" for name in ACCESSORS if name != "all"]
-    return [*scorers, *allocators, *quantizers, *accessors, *COMBINATIONS]
+    """What docs/results.md measures of every method, at its middle budget; of methods that replay, one."""
+    recipes = [entry.text for entry in entries()[0] if not entry.is_peer and entry.budget in (None, MIDDLE)]
+    replays = [recipe for recipe in recipes if Need.REPLAY in parse_recipe(recipe).needs]
+    return [recipe for recipe in recipes if recipe not in replays[1:]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +103,19 @@ class Contest:
             return timed(lambda: self._forward(cache), [])
         self.lm.model.set_attn_implementation("steno")
         recipe = parse_recipe(name)
-        cache = steno.KVCache(self.lm.model.config, recipe)
+        cache = steno.KVCache(
+            self.lm.model.config,
+            recipe,
+            prompt_tokens=len(self.tokens),
+            model_hash=self.lm.loaded.model_hash,
+            sentence_ends=self.lm.sentence_ends,
+        )
         clocks = [CompressClock(layer) for layer in cache.own_layers]
 
         def prefill() -> None:
-            self._forward(cache)
+            with cache.watching(self.lm.model):
+                cache.announce([self.tokens])
+                self._forward(cache)
             if isinstance(recipe.score, KVzip):
                 self._replay(cache, recipe.score)
 
@@ -159,10 +163,16 @@ class CompressClock:
 def measure(contest: Contest, recipes: list[str], repeats: int) -> Iterable[Row]:
     """Rows of all recipes at one length."""
     contenders = [*BASELINES, *(r for r in recipes if r not in BASELINES)]
+    refused: list[str] = []
     warm_up = Contest(contest.lm, min(WARM_UP_TOKENS, len(contest.tokens)))
     for i, name in enumerate(contenders):
         progress(f"warming up, {i + 1} of {len(contenders)}: {name}")
-        warm_up.run(name)
+        try:
+            warm_up.run(name)
+        except StenoError as error:
+            print(f"\n{name}: left out: {error}", file=sys.stderr)
+            refused.append(name)
+    contenders = [name for name in contenders if name not in refused]
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
     with suppress(KeyboardInterrupt):  # what was measured by then still counts
         for repeat in range(repeats):
@@ -273,12 +283,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
