@@ -58,6 +58,14 @@ class DamagedFile(StenoError):
     """A saved context that is cut short, changed, or no saved context at all."""
 
 
+class DamagedChunk(DamagedFile):
+    """A part of a saved context is cut or changed, and the header, which says what was there, is whole."""
+
+
+class StoreError(StenoError):
+    """A store that cannot be reached, locked or written, or that is full of what is pinned."""
+
+
 class KernelError(StenoError):
     """A kernel that was asked for by name and is not there."""
 

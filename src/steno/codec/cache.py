@@ -16,6 +16,7 @@ from steno.cache.tail import Tail
 from steno.cache.write import SegmentWriter
 from steno.codec.container import FileWriter, SavedFile
 from steno.codec.forms import Matrix, build_segment, store_segment
+from steno.codec.whole import write_whole
 from steno.errors import CacheError, DamagedFile, IntegrityError
 from steno.models.kvcache import KVCache
 from steno.types import Need
@@ -29,11 +30,16 @@ def save_cache(path: Path, cache: KVCache, tokens: Sequence[int], about: Mapping
 
     Raises `CacheError` if it holds what a file cannot, `BadArgument` if the file cannot be written.
     """
+    return write_whole(path, cache_parts(cache, tokens, about))
+
+
+def cache_parts(cache: KVCache, tokens: Sequence[int], about: Mapping[str, Any]) -> list[bytes]:
+    """The bytes that `save_cache` writes, in parts."""
     writer = FileWriter()
     ids = torch.tensor(tokens, dtype=torch.int32)[:, None]
     stored = {"tokens": writer.add(ids, TOKEN_GROUP, offsets=(0, len(ids)), row_tokens=1)}
     layers = [_store_layer(writer, i, layer) for i, layer in enumerate(cache.layers)]
-    return writer.write(path, dict(about) | {"recipe": str(cache.recipe), "cache": stored | {"layers": layers}})
+    return writer.parts(dict(about) | {"recipe": str(cache.recipe), "cache": stored | {"layers": layers}})
 
 
 def _store_layer(writer: FileWriter, idx: int, layer: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 from steno.codec.arrays import ArrayDecoder, ArrayEncoder, ArraySpec
 from steno.codec.planes import DTYPES, dtype_name, num_planes
 from steno.codec.tables import RAW, Tables
-from steno.errors import BadArgument, DamagedFile
+from steno.codec.whole import write_whole
+from steno.errors import BadArgument, DamagedChunk, DamagedFile
 
 MAGIC = b"\x93STENO\r\n"
 VERSION = 1
@@ -74,6 +74,10 @@ class FileWriter:
 
     def write(self, path: Path, about: Mapping[str, Any]) -> int:
         """Writes the file, whole or not at all, readable by its owner alone; its bytes. about: JSON fields of the header."""
+        return write_whole(path, self.parts(about))
+
+    def parts(self, about: Mapping[str, Any]) -> list[bytes]:
+        """The bytes of the file, in parts. about: JSON fields of the header."""
         tables = b"".join(t.to_bytes() for _, array in self._arrays for t in array.tables)
         data, chunks = [tables + _padding(len(tables))], []
         at = len(data[0])
@@ -97,58 +101,23 @@ class FileWriter:
             raise BadArgument(f"a header has at most {MAX_HEADER_BYTES} bytes; this one would have {len(text)}.")
         start = PREFIX.pack(MAGIC, VERSION, 0, len(text), b"")[:24]
         front = start + bytes.fromhex(digest(start, text)) + text
-        return _write_whole(path, [front + _padding(len(front)), *data])
-
-
-def _write_whole(path: Path, parts: Sequence[bytes]) -> int:
-    temporary = None
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # mode 0600
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise BadArgument(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return sum(map(len, parts))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # windows flushes no folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return [front + _padding(len(front)), *data]
 
 
 @final
 class SavedFile:
     """A file that was written by `FileWriter`, opened and mapped; header and tables are checked, chunks as they are read.
 
-    header: its JSON object. Raises `BadArgument` if it cannot be opened, `DamagedFile` if it is no such file.
+    header: its JSON object. data: uint8, the bytes of the file where they were read already; `path` only names it then.
+    Raises `BadArgument` if it cannot be opened, `DamagedFile` if it is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: np.ndarray | None = None) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self.num_bytes = os.fstat(file.fileno()).st_size
-                if self.num_bytes < PREFIX.size:
-                    raise self._damaged(f"it has {self.num_bytes} bytes, and a header alone has {PREFIX.size}")
-                self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except FileNotFoundError:
-            raise BadArgument(f"no such file: {path}") from None
-        except (OSError, ValueError) as error:
-            raise BadArgument(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        self._map = _mapped(path) if data is None else data
+        self.num_bytes = len(self._map)
+        if self.num_bytes < PREFIX.size:
+            raise self._damaged(f"it has {self.num_bytes} bytes, and a header alone has {PREFIX.size}")
         self.header = self._read_header()
         try:
             self._read_index()
@@ -195,8 +164,8 @@ class SavedFile:
             group, chunk, offset, length, wanted = _list(entry)
             if _int(group, "group") not in self._chunks or chunk != len(self._chunks[group]):
                 raise ValueError(f"its chunk {chunk} of group {group} is out of place")
-            self._check_range(offset, length)
-            self._chunks[group].append((offset, length, str(wanted)))
+            pair = _int(offset, "an offset"), _int(length, "a length")
+            self._chunks[group].append((*pair, str(wanted)))
         for group, numbers in self._groups.items():
             needed = max(self.specs[i].num_chunks for i in numbers)
             if needed != len(self._chunks[group]):
@@ -228,21 +197,46 @@ class SavedFile:
             raise self._damaged(f"{what} differ from their digest")
         return data
 
+    def _chunks_of(self, group: int) -> list[np.ndarray]:
+        """The bytes of the chunks of a group, all checked."""
+        try:
+            return [
+                self._checked(offset, length, wanted, f"the bytes of chunk {chunk} of group {group}")
+                for chunk, (offset, length, wanted) in enumerate(self._chunks.get(group, []))
+            ]
+        except (DamagedFile, ValueError) as error:
+            what = str(error) if isinstance(error, DamagedFile) else f"{self.path} cannot be read: {error}."
+            raise DamagedChunk(what) from None
+
     @property
     def groups(self) -> list[int]:
         return sorted(self._groups)
 
     def read_group(self, group: int) -> dict[int, Tensor]:
-        """The matrices of a group by their numbers; raises `DamagedFile` if a chunk of it was changed."""
+        """The matrices of a group by their numbers; raises `DamagedChunk` if a chunk of it was cut or changed."""
+        chunks = self._chunks_of(group)
         decoders = {i: ArrayDecoder(self.specs[i], self._tables[i]) for i in self._groups.get(group, [])}
-        for chunk, (offset, length, wanted) in enumerate(self._chunks.get(group, [])):
-            data, at = self._checked(offset, length, wanted, f"chunk {chunk} of group {group}"), 0
+        for chunk, data in enumerate(chunks):
+            at = 0
             for decoder in decoders.values():
                 if chunk < decoder.spec.num_chunks:
                     at = decoder.feed(chunk, data, at)
-            if at != length:
+            if at != len(data):
                 raise self._damaged(f"chunk {chunk} of group {group} has bytes left over")
         return {i: decoder.tensor() for i, decoder in decoders.items()}
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The bytes of a file, uint8, mapped."""
+    try:
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return np.zeros(0, np.uint8)  # nothing can be mapped of it
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise BadArgument(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _int(value: Any, what: str, highest: int = 1 << 48) -> int:

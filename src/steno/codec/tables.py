@@ -65,8 +65,7 @@ class Tables:
         of_context = np.empty(len(counts), np.int64)
         of_context[np.argsort(means, kind="stable")] = np.arange(len(counts)) * num_tables // len(counts)
         for round_idx in range(ROUNDS):
-            sums = np.zeros((num_tables, rans.SYMBOLS))
-            np.add.at(sums, of_context, counts)
+            sums = np.eye(num_tables)[of_context].T @ counts  # exact: counts are below 2**53
             bits = _code_bits(counts, sums + 1e-3)
             of_context = bits.argmin(1)
             if round_idx == ROUNDS - 1:
