@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "steno"
 ORDER = [
     {"errors", "types", "version"}, {"calibration"}, {"kernels"}, {"cache"}, {"methods"}, {"recipe"}, {"pipeline"}, {"models"},
-    {"codec", "store"},
+    {"codec"}, {"store"},
     {"decode"}, {"prompt", "replay", "session"}, {"serve", "bench", "learn"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

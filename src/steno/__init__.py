@@ -12,6 +12,7 @@ from steno.recipe import parse_recipe as parse_recipe
 from steno.session import Context as Context
 from steno.session import LanguageModel as LanguageModel
 from steno.session import load as load
+from steno.store.store import Store as Store
 from steno.version import VERSION
 
 __version__ = VERSION

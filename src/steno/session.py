@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
+from steno.codec.arrays import CHUNK_TOKENS
 from steno.codec.cache import read_tokens, restore_cache, save_cache
 from steno.codec.container import SavedFile
-from steno.codec.identity import about_model, check_model, recipe_of
+from steno.codec.identity import HowRead, about_model, check_model, how_read, recipe_of
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
 from steno.decode.text import sentence_ends, with_text
-from steno.errors import BadArgument, PromptError, RecipeError
+from steno.errors import BadArgument, DamagedChunk, PromptError, RecipeError, StenoWarning
 from steno.methods import KVzip
 from steno.models.default import DEFAULT_MODEL
 from steno.models.host import NAME
@@ -27,15 +29,22 @@ from steno.pipeline import RecipePolicy
 from steno.prompt import Template
 from steno.recipe import Recipe, as_recipe
 from steno.replay import over_all_passes, replay_context
+from steno.store.shelf import Shelf, can_begin
+from steno.store.store import Store, as_store
 from steno.types import Need
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
 
-def load(source: str | Path = DEFAULT_MODEL, **options: Any) -> LanguageModel:
-    """Loads the embedded default, a Hugging Face id, a local folder or a GGUF file; options as in `load_model`."""
-    return LanguageModel(load_model(source, **options))
+def load(
+    source: str | Path = DEFAULT_MODEL, *, store: Store | str | Path | None = None, **options: Any
+) -> LanguageModel:
+    """Loads the embedded default, a Hugging Face id, a local folder or a GGUF file; options as in `load_model`.
+
+    store: where reads begin with what earlier ones left, and leave what they compute; a folder or URL, or a `Store`.
+    """
+    return LanguageModel(load_model(source, **options), as_store(store))
 
 
 @final
@@ -55,6 +64,8 @@ class ReadReport:
     compress_s: float
     note: str = ""
     kv_bytes_offloaded: int = 0
+    stored_tokens: int = 0
+    """Tokens that came from the store instead of being read."""
 
     def __str__(self) -> str:
         ratio = self.kv_bytes_full / self.kv_bytes if self.kv_bytes else float("nan")
@@ -65,14 +76,16 @@ class ReadReport:
         ]
         if self.kv_bytes_offloaded:
             lines.append(f"beside: {self.kv_bytes_offloaded / 1e6:.2f} MB in a file, not in memory")
+        if self.stored_tokens:
+            lines.append(f"from the store: {self.stored_tokens} tokens")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 
 class LanguageModel:
-    """A model under steno's attention, its tokenizer, and how it is prompted."""
+    """A model under steno's attention, its tokenizer, how it is prompted, and where what it reads is kept."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, store: Store | None = None) -> None:
+        self.loaded, self.store = loaded, store
         self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
         self.model.set_attn_implementation(NAME)
         self.template = Template.of(self.tokenizer)
@@ -156,7 +169,8 @@ class LanguageModel:
         if question is not None:
             tokens += self.question_tokens(question)
         self.check_length(len(tokens), reserve_tokens)
-        return self._read(tokens, num_prefix, parsed, progress, chunk_tokens, has_question=question is not None)
+        how = self.how(parsed, num_prefix, chunk_tokens)
+        return self._read(tokens, how, parsed, progress, has_question=question is not None)
 
     def read_tokens(
         self,
@@ -175,41 +189,68 @@ class LanguageModel:
             raise PromptError("there are no tokens to read.")
         self.check_length(len(tokens), 0)
         parsed = as_recipe(recipe)
-        return self._read(list(tokens), num_prefix_tokens, parsed, progress, chunk_tokens, has_question=False)
+        how = self.how(parsed, num_prefix_tokens, chunk_tokens)
+        return self._read(list(tokens), how, parsed, progress, has_question=False)
 
-    def open(self, path: str | Path) -> Context:
+    def open(self, path: str | Path, *, recompute: bool = True) -> Context:
         """A context that `Context.save` wrote, as it was: it answers token by token what the saved one would have.
+
+        recompute: where keys and values are cut or changed, read the tokens again, as they were read then, with a notice.
 
         Raises
         ------
         BadArgument
             If there is no such file, or this model is not the one that read the context.
         DamagedFile
-            If the file is cut, changed, or no saved context.
+            If the header or the tokens are cut or changed, or the file is no saved context; without `recompute`, if
+            anything is.
         """
         file = SavedFile(Path(path).expanduser())
         check_model(file, self.loaded)
-        cache, tokens = KVCache(self.model.config, recipe_of(file)), read_tokens(file)
+        tokens = read_tokens(file)
         self.check_length(len(tokens), 0)
+        try:
+            return self._restored(file, tokens)
+        except DamagedChunk as error:
+            if not recompute:
+                raise
+            warnings.warn(f"{error} Its {len(tokens)} tokens are read again.", StenoWarning, stacklevel=2)
+            how, has_question = how_read(file, len(tokens)), file.header.get("has_question") is True
+            return self._read(tokens, how, recipe_of(file), None, has_question=has_question)
+
+    def _restored(self, file: SavedFile, tokens: list[int], *, stored_tokens: int = 0) -> Context:
+        cache = KVCache(self.model.config, recipe_of(file))
         restore_cache(file, cache, num_tokens=len(tokens), device=self.model.device, dtype=self.model.dtype)
-        has_question = file.header.get("has_question") is True
-        return Context(self, cache, tokens, has_question=has_question, prefill_s=0.0, compress_s=0.0, note="")
+        how, has_question = how_read(file, len(tokens)), file.header.get("has_question") is True
+        return Context(self, cache, tokens, how=how, has_question=has_question, stored_tokens=stored_tokens)
+
+    def how(self, recipe: Recipe, prefix_tokens: int, chunk_tokens: int | None) -> HowRead:
+        """How tokens are read under a recipe; arguments as in `HowRead`."""
+        how = HowRead(prefix_tokens=prefix_tokens, chunk_tokens=chunk_tokens)
+        if self.store is None or not can_begin(recipe, how):
+            return how
+        return replace(
+            how, pass_tokens=CHUNK_TOKENS
+        )  # whatever is stored already, the same passes give the same numbers
+
+    def shelf(self, tokens: list[int], how: HowRead, recipe: Recipe, *, has_question: bool = False) -> Shelf | None:
+        """What the store holds of these tokens; None without a store."""
+        if self.store is None:
+            return None
+        return Shelf(self.store, self.loaded, recipe, tokens, how, has_question=has_question)
 
     def _read(
-        self,
-        tokens: list[int],
-        num_prefix: int,
-        recipe: Recipe,
-        progress: Progress | None,
-        chunk_tokens: int | None,
-        *,
-        has_question: bool,
+        self, tokens: list[int], how: HowRead, recipe: Recipe, progress: Progress | None, *, has_question: bool
     ) -> Context:
-        if chunk_tokens is not None and chunk_tokens < 1:
-            raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={chunk_tokens}.")
+        if how.chunk_tokens is not None and how.chunk_tokens < 1:
+            raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={how.chunk_tokens}.")
         note = check_budget(recipe, len(tokens))
+        shelf = self.shelf(tokens, how, recipe, has_question=has_question)
+        stored = shelf.open(lambda file: self._restored(file, tokens, stored_tokens=len(tokens))) if shelf else None
+        if stored is not None:
+            return stored
         ends = self.sentence_ends if Need.TOKEN_TEXT in recipe.needs else None
-        evicts = chunk_tokens is not None and recipe.reader is not None
+        evicts = how.chunk_tokens is not None and recipe.reader is not None
         cache = KVCache(
             self.model.config,
             recipe,
@@ -220,20 +261,25 @@ class LanguageModel:
             input_ids=torch.tensor([tokens], device=self.model.device),
         )
         started = time.perf_counter()
-        self._prefill(cache, tokens, chunk_tokens or len(tokens), progress)
+        stored_tokens = self._prefill(cache, tokens, how.num_pass_tokens(len(tokens)), progress, shelf)
         prefilled = time.perf_counter()
         if Need.REPLAY in recipe.needs:
-            self._replay(cache, tokens, num_prefix, recipe, progress)
+            self._replay(cache, tokens, how.prefix_tokens, recipe, progress)
         done = time.perf_counter()
-        return Context(
+        context = Context(
             self,
             cache,
             tokens,
+            how=how,
             has_question=has_question,
             prefill_s=prefilled - started,
             compress_s=done - prefilled,
             note=note,
+            stored_tokens=stored_tokens,
         )
+        if shelf is not None:
+            shelf.keep_context(cache, context.about())
+        return context
 
     def check_length(self, num_tokens: int, reserve_tokens: int) -> None:
         """Raises PromptError if that many tokens and the reserve do not fit the model's positions."""
@@ -246,19 +292,30 @@ class LanguageModel:
                 f"({100 * over / num_tokens:.0f}%) or use a model with a longer context."
             )
 
-    def _prefill(self, cache: KVCache, tokens: list[int], chunk_tokens: int, progress: Progress | None) -> None:
+    def _prefill(
+        self, cache: KVCache, tokens: list[int], pass_tokens: int, progress: Progress | None, shelf: Shelf | None
+    ) -> int:
+        """Reads the tokens, or takes what the shelf has of them; how many it had."""
         inputs = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
-        chunks = inputs.split(chunk_tokens, dim=1)
+        done = stored_tokens = 0
         try:
             with torch.inference_mode(), cache.watching(self.model):
-                for number, chunk in enumerate(chunks):
+                while done < len(tokens):
+                    given = shelf.give(cache, done) if shelf is not None else 0
+                    done, stored_tokens = done + given, stored_tokens + given
                     if progress is not None:
+                        passes = -(-len(tokens) // pass_tokens)
                         reading = partial(progress, "reading")
-                        cache.reading.on_layer = over_all_passes(reading, number, len(chunks))
-                    cache.announce(chunk.tolist())
-                    self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                        cache.reading.on_layer = over_all_passes(reading, done // pass_tokens, passes)
+                    part = inputs[:, done : done + pass_tokens]
+                    cache.announce(part.tolist())
+                    self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    if shelf is not None:
+                        shelf.keep_chunk(cache, done)
+                    done += part.shape[1]
         finally:
             cache.reading.on_layer = None
+        return stored_tokens
 
     def _replay(
         self, cache: KVCache, tokens: list[int], num_prefix: int, recipe: Recipe, progress: Progress | None
@@ -301,13 +358,15 @@ class Context:
         cache: KVCache,
         tokens: list[int],
         *,
+        how: HowRead,
         has_question: bool = False,
-        prefill_s: float,
-        compress_s: float,
-        note: str,
+        prefill_s: float = 0.0,
+        compress_s: float = 0.0,
+        note: str = "",
+        stored_tokens: int = 0,
     ) -> None:
-        self.lm, self.cache, self.tokens, self.has_question = lm, cache, tokens, has_question
-        self.prefill_s, self.compress_s, self.note = prefill_s, compress_s, note
+        self.lm, self.cache, self.tokens, self.how, self.has_question = lm, cache, tokens, how, has_question
+        self.prefill_s, self.compress_s, self.note, self.stored_tokens = prefill_s, compress_s, note, stored_tokens
 
     def report(self) -> ReadReport:
         """Tokens, bytes and seconds of the read."""
@@ -325,6 +384,7 @@ class Context:
             compress_s=self.compress_s,
             note=self.note,
             kv_bytes_offloaded=self.cache.kv_bytes_offloaded,
+            stored_tokens=self.stored_tokens,
         )
 
     def save(self, path: str | Path) -> int:
@@ -333,8 +393,12 @@ class Context:
         The file appears whole or not at all, and only its owner can read it: it has the tokens of the document in it.
         Raises CacheError if it holds what a file cannot hold yet, BadArgument if the file cannot be written.
         """
-        about = about_model(self.lm.loaded) | {"level": "lossless", "has_question": self.has_question}
-        return save_cache(Path(path).expanduser(), self.cache, self.tokens, about)
+        return save_cache(Path(path).expanduser(), self.cache, self.tokens, self.about())
+
+    def about(self) -> dict[str, Any]:
+        """What the header of a file says of the context."""
+        read = {"has_question": self.has_question, "read": asdict(self.how)}
+        return about_model(self.lm.loaded) | {"level": "lossless"} | read
 
     def ask(
         self,

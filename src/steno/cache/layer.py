@@ -18,6 +18,7 @@ from steno.cache.evicting import EvictingPrompt
 from steno.cache.paged import PagedRows
 from steno.cache.policy import LayerPolicy
 from steno.cache.prompt import Prompt, ReplayObserver
+from steno.cache.segment import HeadKV
 from steno.cache.slots import SlotRows
 from steno.cache.tokens import NewTokens
 from steno.errors import BadArgument, CacheError, UnsupportedAttention
@@ -82,6 +83,7 @@ class LayerCache(CacheLayerMixin):
         self.row_seen: list[int] = []
         self.content: PagedRows | SlotRows | None = None  # once the prompt is compressed
         self._prompt: Prompt | EvictingPrompt | None = None  # until then
+        self._given: HeadKV | None = None  # its beginning, from an earlier read, before the first pass
         self._pending: tuple[Tensor, Tensor] | None = None
         self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
         self._hidden: Tensor | None = None
@@ -307,6 +309,32 @@ class LayerCache(CacheLayerMixin):
         self.seen += count
         self.row_seen = self._seen_after(new, count)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def take_read(self, keys: Tensor, values: Tensor) -> None:
+        """Takes the next tokens of one prompt, `[Hkv, n, D]`, from an earlier read of the same; passes over the rest follow.
+
+        Only for recipes that look at no more of them. Raises `CacheError` if the prompt is over.
+        """
+        if self.content is not None or len(self.row_seen) > 1 or isinstance(self._prompt, EvictingPrompt):
+            raise CacheError("what was read before can only go on one prompt that is still dense.")
+        before = self.dense_prompt()
+        if before is not None:
+            keys, values = torch.cat([before[0], keys], dim=1), torch.cat([before[1], values], dim=1)
+        if self._prompt is None:
+            self._given = keys, values
+        else:
+            self._prompt.rows = [(keys, values)]
+        self.seen, self.row_seen, self.is_initialized = keys.shape[1], [keys.shape[1]], True
+        self.token_bytes = 2 * keys.shape[0] * keys.shape[2] * keys.element_size()
+        self.measure()
+
+    def dense_prompt(self) -> HeadKV | None:
+        """Keys and values `[Hkv, S, D]` of the one prompt that is being read, as long as they are dense."""
+        if self._prompt is None:
+            return self._given
+        return self._prompt.rows[0] if isinstance(self._prompt, Prompt) and len(self._prompt.rows) == 1 else None
+
     def _prompt_is_complete(self) -> bool:
         return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
 
@@ -346,7 +374,10 @@ class LayerCache(CacheLayerMixin):
     def _begin(self, new: NewTokens) -> Prompt | EvictingPrompt:
         reader = self.policy.reader if self.reading.evict else None
         if reader is None or self.reading.prompt_tokens is None:
-            return Prompt(self.policy, self.rope_of, new)
+            prompt = Prompt(self.policy, self.rope_of, new)
+            if self._given is not None:
+                prompt.rows, self._given = [self._given], None
+            return prompt
         return EvictingPrompt(
             self.policy,
             reader,
@@ -484,7 +515,7 @@ class LayerCache(CacheLayerMixin):
 
     def measure(self) -> int:
         """Bytes held by this layer now, or by all of its group, what they share once; also brings the meter up to date."""
-        num_bytes = held_bytes([(layer.content, layer._prompt) for layer in self.group])
+        num_bytes = held_bytes([(layer.content, layer._prompt, layer._given) for layer in self.group])
         for layer in self.group:
             self.meter.set_layer(layer.layer_idx, num_bytes if layer is self.group[0] else 0)
         return num_bytes

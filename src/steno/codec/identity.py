@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from steno.codec.container import SavedFile
 from steno.errors import BadArgument, DamagedFile, RecipeError
 from steno.models.load import LoadedModel
 from steno.recipe import Recipe, parse_recipe
 from steno.version import VERSION
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class HowRead:
+    """How the tokens of a context were read, so that they can be read again with the same outcome.
+
+    prefix_tokens: that a replay always keeps. chunk_tokens: after so many a method that can has evicted; None: it did not.
+    pass_tokens: of each forward pass; None: `chunk_tokens`, or all at once.
+    """
+
+    prefix_tokens: int = 0
+    chunk_tokens: int | None = None
+    pass_tokens: int | None = None
+
+    def num_pass_tokens(self, num_tokens: int) -> int:
+        """Tokens of each forward pass over so many."""
+        return self.pass_tokens or self.chunk_tokens or num_tokens
+
+
+def how_read(file: SavedFile, num_tokens: int) -> HowRead:
+    """How the tokens of a file were read; raises `DamagedFile` if it does not say."""
+    try:
+        fields = dict(file.header["read"])
+        how = HowRead(**fields)
+        counts = [n for n in (how.chunk_tokens, how.pass_tokens) if n is not None]
+        if not all(type(n) is int and n > 0 for n in counts) or type(how.prefix_tokens) is not int:
+            raise ValueError("it has other counts of tokens than numbers")
+        if not 0 <= how.prefix_tokens <= num_tokens:
+            raise ValueError(f"{how.prefix_tokens} of {num_tokens} tokens cannot be its prefix")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{file.path} does not say how it was read: {error}.") from None
+    return how
 
 
 def about_model(loaded: LoadedModel) -> dict[str, Any]:
