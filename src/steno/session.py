@@ -233,8 +233,12 @@ class LanguageModel:
             how, pass_tokens=CHUNK_TOKENS
         )  # whatever is stored already, the same passes give the same numbers
 
-    def shelf(self, tokens: list[int], how: HowRead, recipe: Recipe, *, has_question: bool = False) -> Shelf | None:
-        """What the store holds of these tokens; None without a store."""
+    def shelf_of(self, text: str, recipe: Recipe | str | None = None) -> Shelf | None:
+        """What the store holds of a document under a recipe; None without a store."""
+        parsed, (tokens, num_prefix) = as_recipe(recipe), self.prompt_tokens(text)
+        return self._shelf(tokens, self.how(parsed, num_prefix, None), parsed, has_question=False)
+
+    def _shelf(self, tokens: list[int], how: HowRead, recipe: Recipe, *, has_question: bool) -> Shelf | None:
         if self.store is None:
             return None
         return Shelf(self.store, self.loaded, recipe, tokens, how, has_question=has_question)
@@ -245,7 +249,7 @@ class LanguageModel:
         if how.chunk_tokens is not None and how.chunk_tokens < 1:
             raise BadArgument(f"`chunk_tokens` must be >= 1; got chunk_tokens={how.chunk_tokens}.")
         note = check_budget(recipe, len(tokens))
-        shelf = self.shelf(tokens, how, recipe, has_question=has_question)
+        shelf = self._shelf(tokens, how, recipe, has_question=has_question)
         stored = shelf.open(lambda file: self._restored(file, tokens, stored_tokens=len(tokens))) if shelf else None
         if stored is not None:
             return stored

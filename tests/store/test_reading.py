@@ -150,9 +150,7 @@ def test_a_damaged_chunk_is_read_anew_and_the_answer_is_the_same(
     load: Any, tmp_path: Path, how: str, which: int
 ) -> None:
     cold = load(tmp_path).read(DOCUMENT)
-    paths = [
-        next(tmp_path.rglob(name)) for name in load(tmp_path).shelf(cold.tokens, cold.how, cold.cache.recipe).names
-    ]
+    paths = [next(tmp_path.rglob(name)) for name in load(tmp_path).shelf_of(DOCUMENT).names]
     if how == "swapped":
         paths[which].write_bytes(paths[which - 1].read_bytes())
     else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from steno.cli.document import language_reference, read_document
+from steno.cli.places import add_place, open_place
 from steno.errors import BadArgument
 from steno.models.default import DEFAULT_MODEL
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
     sampling.add_argument("--seed", metavar="S", type=int, default=0)
     sampling.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end the answer here; repeatable")
+    add_place(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--dtype", metavar="D", help="compute in float32, bfloat16 or float16 (default: the machine's best)"
@@ -99,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     document = read_document(arguments.document) if arguments.document else None
-    lm = load(arguments.model, dtype=arguments.dtype, device=arguments.device, weights=arguments.weights)
+    store = open_place(arguments)
+    lm = load(arguments.model, store=store, dtype=arguments.dtype, device=arguments.device, weights=arguments.weights)
     if document is None and not arguments.context:
         document, what = language_reference(lambda text: len(lm.tokenize(text)))
         print(f"reading {what}", file=sys.stderr)
@@ -182,6 +185,7 @@ def _result(context: Context, answer: Answer) -> dict[str, Any]:
         "kv_bytes_full": report.kv_bytes_full,
         "kv_bytes": report.kv_bytes,
         "kv_bytes_peak": report.kv_bytes_peak,
+        "stored_tokens": report.stored_tokens,
         "prefill_s": report.prefill_s,
         "compress_s": report.compress_s,
         "ttft_s": answer.ttft_s,
@@ -220,6 +224,7 @@ def _print_table(result: dict[str, Any]) -> None:
         (f"memory, full cache in {result['dtype']}", megabytes(result["kv_bytes_full"])),
         ("memory held", f"{megabytes(result['kv_bytes'])} ({ratio:.1f} times smaller)"),
         ("memory, peak", megabytes(result["kv_bytes_peak"])),
+        *([("from the store", f"{result['stored_tokens']:,} tokens")] if result["stored_tokens"] else []),
         ("prefill", f"{result['prefill_s']:.2f} s"),
         ("scoring and packing after it", f"{result['compress_s']:.2f} s"),
         ("time to first token", f"{result['ttft_s']:.2f} s"),

@@ -10,13 +10,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from steno.cli import ask, bench, calibrate, info, methods, read, train, verify
+from steno.cli import ask, bench, calibrate, info, methods, read, store, train, verify
 from steno.errors import BadArgument, CalibrationError, StenoError, StenoWarning
 from steno.version import VERSION
 
 COMMANDS = {
     "ask": ask, "read": read, "info": info, "verify": verify, "bench": bench, "methods": methods, "calibrate": calibrate,
-    "train": train,
+    "train": train, "store": store,
 }  # fmt: skip
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 

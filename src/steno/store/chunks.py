@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ HeadKV = tuple[Tensor, Tensor]
 """Keys and values `[Hkv, n, D]`."""
 
 
-def chunk_parts(before: bytes, tokens: Sequence[int], layers: Sequence[HeadKV], dtype: torch.dtype) -> list[bytes]:
-    """The bytes of a chunk. before: the address before it; layers: keys and values `[Hkv, 256, D]` of each."""
+def chunk_parts(
+    before: bytes, tokens: Sequence[int], layers: Sequence[HeadKV], about: Mapping[str, Any], *, is_first: bool
+) -> list[bytes]:
+    """The bytes of a chunk. before: the address before it; layers: keys and values `[Hkv, 256, D]` of each; about: the model."""
     writer = FileWriter()
     ids = torch.tensor(tokens, dtype=torch.int32)[:, None]
     stored: dict[str, Any] = {"tokens": writer.add(ids, 0, offsets=(0, len(ids)), row_tokens=1), "layers": []}
@@ -29,8 +31,8 @@ def chunk_parts(before: bytes, tokens: Sequence[int], layers: Sequence[HeadKV], 
         offsets = [h * n for h in range(num_heads + 1)]
         arrays = [writer.add(x.reshape(-1, dim), idx + 1, offsets=offsets, row_tokens=1) for x in pair]
         stored["layers"].append(arrays)
-    about = {"kind": "chunk", "before": before.hex(), "dtype": str(dtype).removeprefix("torch."), "chunk": stored}
-    return writer.parts(about)
+    place = {"before": before.hex(), "is_first": is_first}
+    return writer.parts(dict(about) | {"recipe": "full", "level": "lossless", "chunk": stored} | place)
 
 
 def read_chunk(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, final
 import torch
 
 from steno.codec.arrays import CHUNK_TOKENS
-from steno.codec.cache import cache_parts, read_tokens
+from steno.codec.cache import cache_parts
 from steno.codec.container import SavedFile
 from steno.codec.identity import HowRead, about_model
 from steno.errors import CacheError, DamagedFile, StenoWarning, StoreError
@@ -31,6 +31,7 @@ from steno.models.load import LoadedModel
 from steno.pipeline import RecipePolicy, with_weights
 from steno.recipe import FULL, Recipe
 from steno.store.address import chunk_names, context_name, root_of
+from steno.store.check import open_entry
 from steno.store.chunks import HeadKV, chunk_parts, read_chunk
 from steno.store.store import Store
 from steno.types import Need
@@ -87,6 +88,11 @@ class Shelf:
         chunks = self._chunks[: self._most]
         return chunks if self._recipe == FULL else [*chunks, self.context_name]
 
+    @property
+    def needed(self) -> list[str]:
+        """What makes a read compute nothing but a last rest of up to 256 tokens."""
+        return self._chunks[: self._most] if self._recipe == FULL else [self.context_name]
+
     # a whole context
 
     def open(self, restore: Callable[[SavedFile], T]) -> T | None:
@@ -99,10 +105,7 @@ class Shelf:
             data = self._store.get(name)
             if data is None:
                 return None
-            file = SavedFile(Path(name), data)
-            if read_tokens(file) != list(self._tokens):
-                raise DamagedFile("it has other tokens than its address.")
-            found = restore(file)
+            found = restore(open_entry(name, data))
             self._store.used([name])
             return found
 
@@ -113,7 +116,7 @@ class Shelf:
         if self._recipe == FULL or not self._works:
             return
         try:
-            parts = cache_parts(cache, self._tokens, about)
+            parts = cache_parts(cache, self._tokens, dict(about) | {"address": self.context_name})
         except CacheError as error:
             warnings.warn(f"the context is not stored: {error}", StenoWarning, stacklevel=2)
             return
@@ -162,8 +165,8 @@ class Shelf:
                 return
             layers.append((dense[0][:, first_token:last], dense[1][:, first_token:last]))
         before = bytes.fromhex(self._chunks[idx - 1].split(".")[0]) if idx else self._before
-        dtype = self._loaded.model.dtype
-        parts = chunk_parts(before, self._tokens[first_token:last], layers, dtype)
+        about = about_model(self._loaded)
+        parts = chunk_parts(before, self._tokens[first_token:last], layers, about, is_first=idx == 0)
         self._try(lambda: self._store.put(self._chunks[idx], parts), self._chunks[idx])
 
     def _chunk(self, name: str, *, num_layers: int, shape: Sequence[int]) -> list[HeadKV] | None:
