@@ -13,6 +13,7 @@ from steno.errors import BudgetError, RecipeError
 from steno.methods import KINDS, METHODS, NAMED, EMSHeads, GlobalLocal, describe_methods, stage_text, whole_paper
 from steno.recipe import Recipe, parse_recipe
 from tiny import prompt, shared
+from tiny_vlm import IMAGE, inputs, vlm
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -54,23 +55,62 @@ def test_a_recipe_in_python_has_no_hidden_stages() -> None:
         Recipe(quantize=METHODS["int8"](), budget=parse_recipe("ems @ 25%").budget)  # type: ignore[arg-type]
 
 
+CEILINGS = {"zipvl", "fastkv"}
+"""Of which the budget is a ceiling: some layers may hold less."""
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_model_generates_under_the_name(name: str, tmp_path: Path) -> None:
-    model = shared("llama")
+    model, given = shared("llama"), {"input_ids": prompt(150)}
+    if name == "look_m":
+        model, given = vlm("llava"), inputs("llava", images=7)  # 150 tokens too
     model.set_attn_implementation("steno")
     learned = ""
     if name == "razorattention":
         path, heads = tmp_path / "heads.safetensors", torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
         save_calibration(path, {"induction": heads, "echo": -heads}, {})
         learned = f"(weights={str(path)!r})"
-    cache = steno.KVCache(model.config, f"{name}{learned} @ 80")
-    ids = model.generate(prompt(150), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    cache = steno.KVCache(model.config, f"{name}{learned} @ 80", input_ids=given["input_ids"])
+    with cache.watching(model):
+        ids = model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert ids.shape == (1, 154)
     held = [n for layer in cache.held_tokens() for row in layer for n in row]
     mean = sum(held) / len(held)
-    assert mean == 83 or (name == "zipvl" and 3 < mean < 83)  # of which the budget is a ceiling
+    assert mean == 83 or (name in CEILINGS and 3 < mean < 83)
     assert cache.kv_bytes < cache.kv_bytes_full
     cache.check_integrity()
+
+
+def test_fastkv_alone_propagates_and_keeps_what_snapkv_of_its_paper_would() -> None:
+    recipe = parse_recipe("fastkv(share=0.3) @ 10%")
+    assert recipe == parse_recipe("fastkv(share=0.3) | snapkv(window=8, kernel=7, pool='max') @ 10%")
+    model = shared("llama")
+    model.set_attn_implementation("steno")
+    cache = steno.KVCache(model.config, recipe)
+    with torch.inference_mode(), cache.watching(model):
+        model(prompt(200), past_key_values=cache)
+    assert cache.held_tokens() == [[[20, 20]]] * 3  # a tenth of the prompt in every layer, as in the paper
+
+
+def test_look_m_alone_keeps_text_first_and_merges_images_into_it() -> None:
+    model, given = vlm("llava"), inputs("llava", images=7)
+    model.set_attn_implementation("steno")
+    is_image = given["input_ids"][0] == IMAGE
+    assert int((~is_image).sum()) > 30
+    states = {}
+    for recipe in ("look_m @ 30", "text_prior @ 30"):
+        cache = steno.KVCache(model.config, recipe, input_ids=given["input_ids"])
+        with torch.inference_mode():
+            model(**given, past_key_values=cache)
+        states[recipe] = [layer.content.rows[0].segments[0].decode(torch.float32) for layer in cache.own_layers]
+        for layer in cache.own_layers:
+            for positions in layer.content.positions(0, len(is_image)):
+                assert len(positions) == 30
+                assert not is_image[positions].any()
+    merged, plain = states.values()
+    assert all(
+        not torch.equal(a[0], b[0]) for x, y in zip(merged, plain, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_named_recipes_are_described_after_the_methods() -> None:

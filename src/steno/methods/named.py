@@ -1,7 +1,8 @@
 """Papers that are several stages at once: the method that bears the name, and the stages that its paper has beside it.
 
 `ems @ 25%`, a name and a budget alone, is the whole paper; in a chain, `snapkv | ems @ 25%`, the name is the stage. Papers that
-are one stage need no entry: their name alone is the whole paper already.
+are one stage need no entry: their name alone is the whole paper already, as `gear` (backbone, low rank and outliers),
+`zipcache` (saliency and both precisions) and `cskv` (both branches; its codes in 4 bits are `cskv | int4`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any, cast, final
 from steno.methods.allocate.ems_heads import EMSHeads
 from steno.methods.interfaces import Method
 from steno.methods.merge.razor_compensation import RazorCompensation
+from steno.methods.propagate.zipvl_attention import ZipVLAttention
 from steno.methods.score.global_local import GlobalLocal
 from steno.methods.score.heavy_hitters import HeavyHitters
 from steno.methods.score.recency import Recency
+from steno.methods.score.snapkv import SnapKV
+from steno.methods.score.text_prior import TextPrior
 
 
 @final
@@ -52,10 +56,26 @@ NAMED: dict[str, NamedRecipe] = {
         ),
         NamedRecipe(
             id="zipvl",
-            beside=(HeavyHitters(recent_share=0.0),),
+            beside=(ZipVLAttention(), HeavyHitters(recent_share=0.0)),
             differs=(
-                "The second version, which drops what is not important; attention is summed over all queries, not over "
-                "probes, and the prefill attends in full."
+                "The second version, which drops what is not important, reconstructed from the text; probes say which tokens "
+                "take part in the prefill, the attention of all that took part says which are kept."
+            ),
+        ),
+        NamedRecipe(
+            id="look_m",
+            beside=(TextPrior(),),
+            differs=(
+                "As in the paper the budget holds, where the authors' code keeps all text; a prompt without images is "
+                "compressed too."
+            ),
+        ),
+        NamedRecipe(
+            id="fastkv",
+            beside=(SnapKV(window=8, kernel=7, pool="max"),),
+            differs=(
+                "Every layer keeps the budget, the paper's mode proportional; scores are pooled after the mean over the "
+                "query heads of a KV head, not before."
             ),
         ),
     )

@@ -2,10 +2,10 @@
 
 Source: Jo, Song, Kim, Kim, 2025, https://arxiv.org/abs/2502.01068, sections 4.1 and 4.2; the authors' code.
 Differs: the propagation of tokens only; what each layer keeps of the tokens that it computed is left to the scorer, for
-    the paper's choice `snapkv(window=8, kernel=7, pool='max')`, which pools after the mean over the query heads of a KV
-    head, not before. A budget in percent is of the whole prompt in every layer, the paper's mode "proportional". Where the
-    prompt is not longer than what goes on, nothing is left out; it has to be read in one pass. Only the hidden states of
-    tokens that went on mean anything at the end of the model.
+    the paper's choice `snapkv(window=8, kernel=7, pool='max')`, for which `fastkv @ 10%` stands, and which pools after the
+    mean over the query heads of a KV head, not before. A budget in percent is of the whole prompt in every layer, the
+    paper's mode "proportional". Where the prompt is not longer than what goes on, nothing is left out; it has to be read in
+    one pass. Only the hidden states of tokens that went on mean anything at the end of the model.
 Cost: at one layer 2*H*w*S*D FLOPs and one fp32 temporary of H*w*S; every layer behind it saves what it would have spent
     on the other tokens.
 """

@@ -3,7 +3,8 @@
 Source: Wang, Liu, Zhang, Ma, Fu, Ning, Wang, 2024, https://arxiv.org/abs/2409.10593, section 3; the authors' code.
 Differs: the factors A and B are not trained by gradient: the layer-wise loss ||K - x A B||^2 has its minimum at the r
     principal directions of K (Eckart-Young), which are computed from calibrated second moments, or from those of the prompt
-    without a file. Windows close as pages do with a quantize stage. Codes of the latents are a quantize stage's.
+    without a file. Windows close as pages do with a quantize stage. The paper's 4-bit latents, fine-tuned through the
+    quantizer, are a quantize stage without that: `cskv | int4`.
 Cost: an eigendecomposition of `[C, C]` per layer once, C = Hkv D; per step and old token 2 C r FLOPs to restore keys, tile by
     tile; values are never restored.
 """
@@ -52,7 +53,8 @@ class CSKV:
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "The minimum of the layer-wise reconstruction loss is computed in closed form instead of fine-tuned; without a "
-        "calibration file the moments are those of the prompt; a quantize stage closes windows at its own length."
+        "calibration file the moments are those of the prompt; latents in 4 bits are a quantize stage, cskv | int4, which is not "
+        "trained for and closes windows at its own length."
     )
     heads_together: ClassVar[bool] = True
 
