@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import steno
+from steno.cache.row import unpack_kept
 from steno.errors import BadArgument, CacheError, ModelError, UnsupportedAttention
 from steno.types import Need
 from tiny import prompt, shared
@@ -115,6 +116,9 @@ def test_text_prior_keeps_text_first(name: str) -> None:
 RECIPES = [
     "text_prior | int8 @ 60%",
     "text_prior | adakv @ 40%",
+    "look_m @ 30%",
+    "vidkv_stp",
+    "text_prior | adakv | vidkv_stp @ 80%",
     "snapkv(window=8) | kivi(bits=4) @ 50%",
     "fastkv(layer=0, share=0.4) | text_prior @ 30%",
     "h2o(heavy_share=1) | pyramidkv @ 40%",
@@ -145,8 +149,23 @@ def test_fastkv_sends_on_a_part_of_the_image(name: str) -> None:
     assert cache.held_tokens() == [[[n, n]] for n in (total, total // 2, total // 2)]
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_vidkv_protects_image_tokens_alone(name: str) -> None:
+    model, given = hosted(name), inputs(name, images=9)
+    cache = cache_of(model, "vidkv_stp", given)
+    with torch.no_grad(), cache.watching(model):
+        model(**given, past_key_values=cache)
+    for layer in cache.own_layers:
+        for head in layer.content.rows[0].segments[0].heads:
+            (chosen,) = unpack_kept(head.fine.chosen)
+            assert len(chosen) == 64
+            assert (given["input_ids"][0, chosen] == IMAGE).all()
+
+
 def test_errors() -> None:
     model, given = hosted("llava"), inputs("llava")
+    with pytest.raises(CacheError, match="hidden states"):
+        generate(model, cache_of(model, "vidkv_stp", given), given)
     with pytest.raises(CacheError, match="input_ids"):
         generate(model, steno.KVCache(model.config, "text_prior @ 50%"), given)
     with pytest.raises(ModelError, match="image_token_id"):

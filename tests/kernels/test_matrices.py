@@ -9,6 +9,7 @@ from steno.kernels import native
 from steno.kernels.quant import cpu, matrices
 from steno.kernels.quant.matrices import (
     column_products,
+    pack_columns,
     pack_integers,
     pack_plain,
     pack_signs,
@@ -18,7 +19,7 @@ from steno.kernels.quant.matrices import (
 from steno.kernels.quant.packing import pack_trits, unpack_trits
 
 ISAS = native.available_isas()
-KINDS = ["int8", "int4", "int2", "plain4", "plain2", "signs", "ternary"]
+KINDS = ["int8", "int4", "int2", "plain4", "plain2", "signs", "ternary", "columns4", "columns2"]
 
 
 def packed(kind, matrix, group):
@@ -27,6 +28,9 @@ def packed(kind, matrix, group):
     if kind.startswith("plain"):
         bits = int(kind[5:])
         return pack_plain((matrix.abs() * 5).long().clamp(max=2**bits - 1).to(torch.uint8), bits=bits)
+    if kind.startswith("columns"):
+        rows = matrix.shape[1]
+        return pack_columns(matrix, bits=int(kind[7:]), group=group if rows % group == 0 else rows)[0]
     return (pack_signs if kind == "signs" else pack_ternary)(matrix, group=group)
 
 
@@ -89,6 +93,18 @@ def test_torch_products_are_those_of_the_decoded_matrices(kind):
     x, w = torch.randn(3, 20, generator=g).double(), torch.rand(3, 19 * 20, generator=g).double()
     torch.testing.assert_close(row_products(x, m), torch.einsum("mr,prc->mpc", x, decoded).flatten(1))
     torch.testing.assert_close(column_products(w, m), w @ decoded.flatten(0, 1))
+
+
+def test_columns_are_off_by_half_a_step():
+    x = torch.randn(3, 64, 20, generator=torch.Generator().manual_seed(0))
+    x[0, :32, 4] = 1.5  # a group of one number
+    for bits in (4, 2):
+        packed, minima = pack_columns(x, bits=bits, group=32)
+        assert minima.shape == (3, 2, 20)
+        decoded = packed.decode() + minima.float().repeat_interleave(32, dim=1)
+        grouped = x.unflatten(1, (2, 32))
+        half = ((grouped.amax(2) - grouped.amin(2)) / (2**bits - 1) / 2).repeat_interleave(32, dim=1)
+        assert ((decoded - x).abs() <= half + 4e-3).all()
 
 
 def test_one_bit_of_constant_magnitude_is_exact():

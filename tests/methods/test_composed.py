@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from steno.cache.accounting import held_bytes
+from steno.cache.row import unpack_kept
 from steno.methods.quantize.gear import GEAR, low_rank, outlier_columns
-from steno.methods.quantize.vidkv import VidKV, fourier
+from steno.methods.quantize.vidkv import VidKV, VidKVSTP, fourier
 from steno.methods.quantize.zipcache import ZipCache, normalized_attention
 from steno.types import KeptTokens, Observation
 
 
-def tokens_of(keys, values, mass=None):
-    """keys, values `[Hkv, n, D]`; mass `[H, n]`, what a prompt's attention was."""
+def tokens_of(keys, values, mass=None, **seen):
+    """keys, values `[Hkv, n, D]`; mass `[H, n]`, what a prompt's attention was; seen: what else was observed of one."""
     observation = None
-    if mass is not None:
-        observation = Observation(layer_idx=0, num_layers=1, scaling=1.0, budget_tokens=1, attention_mass=mass)
+    if mass is not None or seen:
+        observation = Observation(layer_idx=0, num_layers=1, scaling=1.0, budget_tokens=1, attention_mass=mass, **seen)
     return KeptTokens(
         keys=list(keys), values=list(values), positions=[torch.arange(keys.shape[1])] * len(keys), layer_idx=0,
         num_layers=1, observation=observation,
@@ -135,6 +136,46 @@ def test_vidkv_scales_and_flushes():
     ((_, first),) = VidKV().encode(tokens_of(keys[:, :64], values[:, :64])).decode(torch.float32)
     assert torch.equal(first, v[:64])
     assert max(errors(VidKV(), keys, values)) < 0.4
+
+
+def test_vidkv_protects_the_image_tokens_that_the_text_asks_for():
+    n = 320
+    keys, values = draw(n=n)
+    image = torch.arange(n) < 300
+    hidden = torch.randn(n, 16, generator=torch.Generator().manual_seed(1)) / 10
+    asked = torch.arange(5, 300, 4)[:64]
+    hidden[asked, 0] += 3
+    hidden[~image, 0] += 2
+    head = VidKVSTP(salient=0.25).encode(tokens_of(keys, values, image_mask=image, hidden_states=hidden)).heads[0]
+    (chosen,) = unpack_kept(head.fine.chosen)
+    assert torch.equal(chosen, asked)  # 75 rounded down
+    plain = VidKV().encode(tokens_of(keys, values)).heads[0]
+    (k, v), (k1, v1) = head.decode(torch.float32), plain.decode(torch.float32)
+    assert torch.equal(k, k1)
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[asked] = False
+    error, error1 = ((v - values[0]) ** 2).mean(1), ((v1 - values[0]) ** 2).mean(1)
+    assert float(error[asked].mean()) < 0.7 * float(error1[asked].mean())
+    assert float(error[rest].mean()) == pytest.approx(float(error1[rest].mean()), rel=0.1)
+    cost = held_bytes(head) - held_bytes(plain)
+    assert cost == 64 * 64 * (2 - 13 / 8) / 8 + 2 * 2 * 64 + n / 8  # codes, minima and the bitmap
+
+
+@pytest.mark.parametrize(
+    ("salient", "images", "fine"),
+    [(0.2, 63, 0), (0.2, 64, 64), (0.5, 256, 128), (1.0, 256, 256), (0.0, 256, 0), (0.2, 0, 0)],
+)
+def test_vidkv_protects_whole_chunks(salient, images, fine):
+    keys, values = draw(n=256)
+    tokens = tokens_of(keys, values, image_mask=torch.arange(256) < images, hidden_states=torch.randn(256, 8))
+    head = VidKVSTP(salient=salient).encode(tokens).heads[0]
+    assert (0 if head.fine is None else head.fine.codes.num_matrices * 64) == fine
+    assert (head.values is None) == (fine == 256)
+    k, v = head.decode(torch.float32)
+    assert k.isfinite().all()
+    assert v.isfinite().all()
+    weights = torch.rand(3, 256)
+    torch.testing.assert_close(head.mix(weights), weights @ v, atol=1e-3, rtol=1e-3)
 
 
 # ZipCache

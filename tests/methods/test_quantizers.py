@@ -10,8 +10,11 @@ import torch
 import steno
 from steno.cache.segment import DenseSegment, Segment
 from steno.methods import QUANTIZERS
+from steno.types import Need
 from tiny import prompt, shared
 
+NAMES = [name for name, cls in QUANTIZERS.items() if Need.IMAGE_MASK not in cls.needs]
+"""Methods that look at images have tests in tests/host."""
 COARSE = {"int2", "kivi", "vidkv", "gear", "zipcache"}
 """Two bits and fewer, for some tokens at least: with a random model little can be said of the logits."""
 
@@ -31,7 +34,7 @@ def segments(cache: Any) -> list[Segment]:
     return [s for s in cache.own_layers[1].content.rows[0].segments if not isinstance(s, DenseSegment)]
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_token_is_encoded_once(name: str) -> None:
     model, cache = read(name, 140)
     before = [(k.clone(), v.clone()) for k, v in _decoded(cache)]
@@ -53,7 +56,7 @@ def _decoded(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.cat([p[h][0] for p in parts]), torch.cat([p[h][1] for p in parts])) for h in range(len(parts[0]))]
 
 
-@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - COARSE))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - COARSE))
 def test_logits_stay_near_those_of_the_full_cache(name: str) -> None:
     logits = []
     for recipe in ("full", name):

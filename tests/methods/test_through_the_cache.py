@@ -9,17 +9,20 @@ from transformers import LlamaConfig
 import steno
 from steno.cache.accounting import held_bytes
 from steno.methods import MERGERS, QUANTIZERS, SHARERS, TRANSFORMS
+from steno.types import Need
 from tiny import SHARED, prompt, shared
 
+FORMS = {name: cls for name, cls in QUANTIZERS.items() if Need.IMAGE_MASK not in cls.needs}
+"""Methods that look at images have tests in tests/host."""
 RECIPES = [
     *(f"keydiff | adakv | {name} @ 52" for name in MERGERS),
     *(f"keydiff | {name} | int8 @ 140" for name in MERGERS),
-    *QUANTIZERS,
-    *(f"keydiff | adakv | {name} @ 140" for name in QUANTIZERS),
+    *FORMS,
+    *(f"keydiff | adakv | {name} @ 140" for name in FORMS),
     *(f"{name} | int8" for name in TRANSFORMS),
     *(f"keydiff | adakv | {name} | int8 @ 140" for name in TRANSFORMS),
     *(f"keydiff | {name} | hadamard @ 140" for name in TRANSFORMS),
-    *(f"think | {name}" for name, cls in QUANTIZERS.items() if cls().page_format is not None),
+    *(f"think | {name}" for name, cls in FORMS.items() if cls().page_format is not None),
     *SHARERS,
     *(f"keydiff | adakv | {name} | hadamard | int8 @ 140" for name in SHARERS),
     "hadamard | int4 | quest(tokens=64, dense_layers=0)",

@@ -52,7 +52,7 @@ from steno.methods.quantize.kvquant import KVQuant
 from steno.methods.quantize.llamacpp import Q4_0, Q8_0
 from steno.methods.quantize.nvfp4 import NVFP4
 from steno.methods.quantize.turboquant import TurboQuant
-from steno.methods.quantize.vidkv import VidKV
+from steno.methods.quantize.vidkv import VidKV, VidKVSTP
 from steno.methods.quantize.zipcache import ZipCache
 from steno.methods.score.expected_attention import ExpectedAttention
 from steno.methods.score.global_local import GlobalLocal
@@ -106,7 +106,23 @@ MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict, KVMerger, EMS
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
 TRANSFORMS: dict[str, type[Transform]] = {cls.id: cls for cls in (Hadamard, RotateKV, ThinK, Palu, CSKV)}
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    cls.id: cls for cls in (Int8, Int4, Int2, KIVI, FP8, NVFP4, Q8_0, Q4_0, TurboQuant, GEAR, VidKV, ZipCache, KVQuant)
+    cls.id: cls
+    for cls in (
+        Int8,
+        Int4,
+        Int2,
+        KIVI,
+        FP8,
+        NVFP4,
+        Q8_0,
+        Q4_0,
+        TurboQuant,
+        GEAR,
+        VidKV,
+        VidKVSTP,
+        ZipCache,
+        KVQuant,
+    )
 }
 ACCESSORS: dict[str, type[Access]] = {
     cls.id: cls for cls in (All, Quest, DoubleSparsity, SentenceKV, DELTA, HyLRA, MoBA)
@@ -204,6 +220,7 @@ __all__ = [
     "TurboQuant",
     "Uniform",
     "VidKV",
+    "VidKVSTP",
     "VideoLLMMoD",
     "ZipCache",
     "ZipVL",

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from . import cpu
 from .codebooks import BOOK
-from .groups import as_half, dequantize_groups, quantize_groups
+from .groups import FP16_MAX, MIN_SCALE, as_half, dequantize_groups, quantize_groups
 from .packing import LANES, pack_codes, pack_trits, unpack_codes, unpack_trits
 
 PAGED, NO_SCALES, TRITS = 16, 512, 5
@@ -136,6 +136,24 @@ def pack_ternary(matrix: Tensor, *, group: int) -> Matrices:
         codes=pack_trits(digits.to(torch.uint8)), params=scales, rows=rows, columns=columns, bits=TRITS,
         group=min(group, rows), levels=TERNARY, by_column=True,
     )  # fmt: skip
+
+
+def pack_columns(matrix: Tensor, *, bits: int, group: int) -> tuple[Matrices, Tensor]:
+    """Whole numbers of 4 or 2 bits of matrices `[P, R, C]`, with a scale per `group` rows of a column; group divides R.
+
+    What is to be added to them is the minimum of each group, `[P, R / group, C]` fp16.
+    """
+    _, rows, columns = matrix.shape
+    grouped = matrix.float().unflatten(1, (-1, group))  # [P, groups, group, C]
+    minima = as_half(grouped.amin(2))
+    steps = as_half(((grouped.amax(2) - minima) / (2**bits - 1)).clamp(MIN_SCALE, FP16_MAX))
+    codes = ((grouped - minima[:, :, None]) / steps[:, :, None]).round().clamp(0, 2**bits - 1).nan_to_num(0.0)
+    packed = Matrices(
+        codes=pack_codes(codes.flatten(1, 2).to(torch.uint8), bits),
+        params=pad(steps.half(), (0, -columns % LANES)).contiguous(), rows=rows, columns=columns, bits=bits, group=group,
+        levels=tuple(float(i) for i in range(2**bits)), by_column=True,
+    )  # fmt: skip
+    return packed, minima.half()
 
 
 def _grouped(matrix: Tensor, group: int) -> Tensor:
