@@ -80,9 +80,13 @@ def test_low_rank_is_a_projection():
 
 
 def test_outliers_are_the_ends_of_each_row():
-    matrix = torch.tensor([[5.0, -9.0, 0.0, 1.0], [0.0, 0.0, 3.0, 2.0]])
+    matrix = torch.tensor([[5.0, -9.0, 0.0, 1.0], [0.0, 1.0, 3.0, 2.0]])
     assert outlier_columns(matrix, 0.5).tolist() == [[1, 0], [0, 2]]
     assert outlier_columns(matrix, 0.0).shape == (2, 0)
+
+
+def test_equal_numbers_are_at_one_end_only():
+    assert sorted(outlier_columns(torch.full((1, 6), 2.0), 1.0)[0].tolist()) == list(range(6))
 
 
 def test_gear_holds_the_bytes_of_its_formula():

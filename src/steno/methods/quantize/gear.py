@@ -112,8 +112,9 @@ def low_rank(error: Tensor, rank: int, iterations: int) -> Factors:
 def outlier_columns(matrix: Tensor, share: float) -> Tensor:
     """Where the largest and smallest numbers of each row of `[R, C]` are, `[R, 2k]`, k = round(share / 2 * C)."""
     count = min(int(share / 2 * matrix.shape[1] + 0.5), matrix.shape[1] // 2)
-    order = matrix.argsort(dim=1, stable=True)
-    return torch.cat([order[:, :count], order[:, matrix.shape[1] - count :]], dim=1)
+    low = matrix.topk(count, largest=False).indices
+    rest = matrix.scatter(1, low, -torch.inf)  # no place at both ends, where numbers are equal
+    return torch.cat([low, rest.topk(count).indices], dim=1)
 
 
 def without(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _factors(layers: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
     """The truncated SVD of `[n, C]` of every layer side by side: short vectors `[n, r]` and factors `[C, r]` per layer, fp32."""
-    whole = torch.cat(list(layers), dim=1).double()  # [n, G * C]
+    whole = torch.cat(list(layers), dim=1).float()  # [n, G * C]
     rank = min(rank, *whole.shape)
     if whole.shape[0] < whole.shape[1]:
         _, left = torch.linalg.eigh(whole @ whole.mT)
@@ -129,5 +129,5 @@ def _factors(layers: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]
         directions = right.flip(1)[:, :rank]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     directions = directions * torch.where(largest < 0, -1.0, 1.0)
-    factors = directions.float().contiguous()
-    return (whole @ directions).float(), [part.clone() for part in factors.split(layers[0].shape[1])]
+    factors = directions.contiguous()
+    return whole @ factors, [part.clone() for part in factors.split(layers[0].shape[1])]
