@@ -48,9 +48,13 @@ class LocalPlace:
 
     def write(self, name: str, parts: Sequence[bytes], quota_bytes: int | None) -> None:
         with self._locked():
-            new_bytes = sum(map(len, parts))
-            for entry in victims(self.entries(), quota_bytes, new=name, new_bytes=new_bytes):
+            new_bytes, present = sum(map(len, parts)), self.entries()
+            gone = victims(present, quota_bytes, new=name, new_bytes=new_bytes)
+            for entry in gone:
                 self._unlink(entry.name)
+            kept_bytes = sum(entry.num_bytes for entry in present) - sum(entry.num_bytes for entry in gone)
+            if quota_bytes is not None and kept_bytes + new_bytes > quota_bytes:
+                (self.folder / name).unlink(missing_ok=True)  # there is no room for the old and the new one at once
             try:
                 write_whole(self.folder / name, parts, temporary=self.folder / UNFINISHED)
             except BadArgument as error:
