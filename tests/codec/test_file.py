@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import steno
 from steno.cache.accounting import tensors_of
 from steno.codec.cache import read_tokens
-from steno.codec.container import ALIGNMENT, PREFIX, FileWriter, SavedFile, digest
+from steno.codec.container import ALIGNMENT, MAGIC, PREFIX, FileWriter, SavedFile, digest
 from steno.errors import BadArgument, CacheError, DamagedFile
 from tiny import save_with_bytes
 
@@ -200,3 +202,15 @@ def test_other_files_are_no_contexts(tmp_path: Path) -> None:
 
 def test_tokens_can_be_read_without_a_model(lm: Any, saved: Path) -> None:
     assert read_tokens(SavedFile(saved)) == lm.prompt_tokens(DOCUMENT)[0]
+
+
+@pytest.mark.parametrize("body", [0, 1 << 23])
+def test_a_header_that_would_take_many_times_the_file_is_refused(tmp_path: Path, body: int) -> None:
+    text = b"[" + b"[]," * (1 << 19) + b"0]"
+    start = MAGIC + struct.pack("<IIQ", 1, 0, len(text))
+    (tmp_path / "a.steno").write_bytes(start + bytes.fromhex(digest(start, text)) + text + bytes(body))
+    tracemalloc.start()
+    with pytest.raises(DamagedFile, match="proportion"):
+        SavedFile(tmp_path / "a.steno")
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(text)
+    tracemalloc.stop()

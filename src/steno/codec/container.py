@@ -27,6 +27,9 @@ PREFIX = struct.Struct("<8sIIQ16s")
 """Magic, version, 0, bytes of the header, digest of these 24 bytes and the header."""
 
 MAX_HEADER_BYTES = 64 << 20
+SMALL_HEADER_BYTES = 1 << 20
+"""A larger header has at most a quarter of the file, and one list or object in 8 bytes; others would take many times the file."""
+
 MAX_EXPANSION = 8192
 """Decoded bytes per byte of the file; a file that claims more is refused before anything is allocated."""
 
@@ -138,6 +141,10 @@ class SavedFile:
         text = self._map[PREFIX.size : PREFIX.size + length].tobytes()
         if digest(self._map[:24], text) != wanted.hex():
             raise self._damaged("its header was changed or cut; the digest differs")
+        if length > max(SMALL_HEADER_BYTES, self.num_bytes // 4) or (
+            length > SMALL_HEADER_BYTES and 8 * (text.count(b"[") + text.count(b"{")) > length
+        ):
+            raise self._damaged(f"its header has {length} bytes, out of proportion to the file's {self.num_bytes}")
         self._start = PREFIX.size + length + len(_padding(PREFIX.size + length))
         try:
             header = json.loads(text)
