@@ -56,9 +56,10 @@ peers: $(VENV)/.installed
 peers-bench: model
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-cpu.jsonl
 
-# docs/results.md and its figures from the rows of the repository
+# docs/results.md and its figures, and what docs/methods.md says was measured, from the rows of the repository
 results: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/results_page.py
+	$(BIN)/python benchmarks/methods_page.py
 
 # these rows, hours on two cores; goes on where it was interrupted; peers only where `make peers` was run before
 results-rows: model

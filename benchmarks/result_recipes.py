@@ -1,6 +1,7 @@
 """What `make results-rows` measures: recipes for every method of the tables, the peers' methods, tasks and lengths.
 
 A method that is new in the tables comes in by itself, in the form of its kind; one that needs another form stands in `FORMS`.
+A paper of several stages is measured as a whole, beside the stage that bears its name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 from steno.bench.peers import PROJECTS
 from steno.errors import RecipeError
-from steno.methods import METHODS
+from steno.methods import METHODS, NAMED, whole_paper
+from steno.models.learned import SHIPPED
 from steno.recipe import parse_recipe
 from steno.types import Need
 
@@ -23,7 +25,7 @@ NEEDLES = {"niah": 3, "niah_single_1": 2, "niah_multivalue": 2, "niah_multiquery
 """Tasks with right answers, and their instances at each length; the last three ask for four or five values each."""
 TEXT = {"perplexity": 2}
 TASKS = NEEDLES | TEXT
-AT_ALL_BUDGETS = ("niah", "questions")
+AT_ALL_BUDGETS = ("niah", "questions", "perplexity")
 """Tasks that are measured at the other budgets too."""
 
 BY_KIND = {
@@ -45,15 +47,26 @@ FORMS = {
     "kivi": ("kivi(bits=4)", "kivi(bits=2)", "kvzip | adakv | kivi(bits=4) @ {budget}"),
 }
 """Methods whose form is another one, or several, or none."""
+WHOLE_PAPER = "{id} @ {budget}"
+
+
+RECIPE = "recipe"
+"""What kind a paper of several stages is of, in lists of methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A recipe or a peer's method. budget: of `BUDGETS`, None where it takes none."""
+    """A recipe or a peer's method. budget: of `BUDGETS`, None where it takes none. shows: kind and id of the method."""
 
     text: str
     budget: str | None
     is_peer: bool
+    shows: tuple[str, str] | None = None
+
+    @property
+    def form(self) -> str:
+        """The text without its budget."""
+        return self.text if self.budget is None else self.text.removesuffix(f"@ {self.budget}").rstrip()
 
 
 def entries() -> tuple[list[Entry], dict[str, str]]:
@@ -61,7 +74,7 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
     found = [Entry(text="full", budget=None, is_peer=False)]
     left_out: dict[str, str] = {}
     for name, method in METHODS.items():
-        if method.trained:
+        if method.trained and not any(SHIPPED.glob(f"{name}-*.safetensors")):
             left_out[name] = "it needs weights that are trained for the model first"
             continue
         if Need.IMAGE_MASK in method.needs:
@@ -69,18 +82,20 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
             continue
         for form in FORMS.get(name, (BY_KIND[method.kind],)):
             try:
-                found += [_checked(form.format(id=name, budget=budget), budget) for budget in _budgets(form)]
+                found += _at_budgets(form, (method.kind, name))
             except RecipeError as error:
                 left_out[name] = f"`{form}` is no recipe: {error}"
+    for name in NAMED:
+        if not any(Need.IMAGE_MASK in stage.needs for stage in whole_paper(METHODS[name]())):
+            found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
     return found + list(_peers()), left_out
 
 
-def _budgets(form: str) -> tuple[str | None, ...]:
-    return BUDGETS if "{budget}" in form else (None,)
-
-
-def _checked(text: str, budget: str | None) -> Entry:
-    return Entry(text=str(parse_recipe(text)), budget=budget, is_peer=False)
+def _at_budgets(form: str, shows: tuple[str, str]) -> list[Entry]:
+    """A form at each budget, if it takes one, each checked to be a recipe."""
+    budgets: tuple[str | None, ...] = BUDGETS if "{budget}" in form else (None,)
+    texts = [(str(parse_recipe(form.format(id=shows[1], budget=budget))), budget) for budget in budgets]
+    return [Entry(text=text, budget=budget, is_peer=False, shows=shows) for text, budget in texts]
 
 
 def _peers() -> Iterator[Entry]:

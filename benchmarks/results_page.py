@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != H
 
 from benchmarks.common import notice
 from benchmarks.result_figures import draw_budgets, draw_recipes
-from benchmarks.result_recipes import AT_ALL_BUDGETS, BUDGETS, CONTEXTS, MIDDLE, NEEDLES, TASKS, TEXT, Entry, entries
+from benchmarks.result_recipes import AT_ALL_BUDGETS, BUDGETS, CONTEXTS, MIDDLE, NEEDLES, TASKS, Entry, entries
+from benchmarks.result_summary import DASH, Summary, latest, pooled, table
 
-from steno.bench.rows import PEER, Row, read_rows
-from steno.bench.stats import Interval, difference_interval, mean_interval
+from steno.bench.rows import Row, read_rows
 
-DASH = "-"
 COLUMNS = (
     "recipe", "score (95 %)", "full", "difference (95 %)", "instances", "KL on text", "top-1", "held MB",
     "of full", "peak of full",
@@ -42,61 +40,6 @@ LIMITS = """## What these numbers do not show
 - CPU alone.
 - Every method stands with its defaults, not tuned to this model, peers too, at their pinned versions.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """A recipe at one length: its scores on all needle tasks together, and its drift on text."""
-
-    entry: Entry
-    score: Interval
-    difference: Interval
-    full: float
-    instances: int
-    kl: float | None
-    top1: float | None
-    kv_bytes: float
-    share: float
-    peak_share: float
-
-    @property
-    def name(self) -> str:
-        return self.entry.text
-
-
-def latest(rows: Iterable[Row]) -> dict[tuple[str, str, int], Row]:
-    """The last row of each recipe, task and length."""
-    return {(row.recipe.removeprefix(PEER), row.task, row.context_tokens): row for row in rows}
-
-
-def pooled(found: dict[tuple[str, str, int], Row], entry: Entry, tasks: Sequence[str], context: int) -> Summary | None:
-    """One recipe on several tasks; None where a needle task of them was not measured."""
-    rows = [found.get((entry.text, task, context)) for task in tasks]
-    own = [row for row in rows if row is not None]
-    needles = [row for row in own if row.task in NEEDLES]
-    if len(needles) < sum(task in NEEDLES for task in tasks):
-        return None
-    scores = [score for row in needles for score in row.scores]
-    full = [score for row in needles for score in row.scores_full]
-    text = [row for row in own if row.task in TEXT]
-    full_bytes = sum(row.kv_bytes_full for row in needles)
-    return Summary(
-        entry=entry,
-        score=mean_interval(scores),
-        difference=difference_interval(scores, full),
-        full=sum(full) / len(full),
-        instances=len(scores),
-        kl=text[0].kl if text else None,
-        top1=text[0].top1_agreement if text else None,
-        kv_bytes=sum(row.kv_bytes for row in needles) / len(needles),
-        share=sum(row.kv_bytes for row in needles) / full_bytes,
-        peak_share=max(row.kv_bytes_peak / row.kv_bytes_full for row in needles),
-    )
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def signed(value: float) -> str:
@@ -158,7 +101,8 @@ def by_budget(
     if not points:
         return
     yield "## Three budgets"
-    yield f"Score and interval on {' and '.join(f'`{t}`' for t in AT_ALL_BUDGETS)}; `{DASH}`: not measured, or refused."
+    needles = [task for task in AT_ALL_BUDGETS if task in NEEDLES]
+    yield f"Score and interval on {' and '.join(f'`{t}`' for t in needles)}; `{DASH}`: not measured, or refused."
     draw_budgets(points, figures / "results-budgets.svg")
     yield f"![Scores at three budgets]({link}/results-budgets.svg)"
     places = {(p["method"], p["context"], p["budget"]): p["summary"].score for p in points}

@@ -13,7 +13,7 @@ import pytest
 from bench.example_rows import example_row
 from steno.bench.peers import PeerMethod
 from steno.bench.rows import Row, append_row
-from steno.methods import METHODS
+from steno.methods import METHODS, NAMED, describe_methods
 from steno.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(ROOT))
 
 
-recipes, results = load("result_recipes"), load("results_page")
+recipes, methods = load("result_recipes"), load("methods_page")
 
 
 def test_every_method_is_measured_or_named_as_left_out() -> None:
@@ -54,23 +54,106 @@ def test_what_is_no_recipe_is_left_out_with_the_reason(monkeypatch: pytest.Monke
     assert "evicts single tokens" in left_out["int4"]
 
 
+def test_papers_of_several_stages_and_shipped_weights_are_measured() -> None:
+    known, left_out = recipes.entries()
+    shown = {entry.shows for entry in known if entry.shows is not None}
+    assert {name for kind, name in shown if kind == recipes.RECIPE} == set(NAMED) - {"look_m"}
+    assert {"locret", "trim_kv", "prefixkv", "hylra"} <= {name for _, name in shown}
+    assert left_out.keys() == {"videollm_mod", "text_prior", "vidkv_stp"}
+    whole = [entry for entry in known if entry.shows == (recipes.RECIPE, "ems")]
+    assert [entry.text for entry in whole] == [f"ems @ {budget}" for budget in recipes.BUDGETS]
+    assert {entry.form for entry in whole} == {"ems"}
+    assert {entry.form for entry in known if entry.shows == ("merge", "ems")} == {"snapkv | ems"}
+
+
+def methods_table(found: list[Row]) -> dict[tuple[str, str, str], list[str]]:
+    """The cells behind kind, name and recipe of each line."""
+    lines = [line for line in methods.page(found).split("\n") if line.startswith("| ")][2:]
+    cells = [[cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")] for line in lines]
+    return {(kind, name, form.replace("\0", "|")): rest for kind, name, form, *rest in cells}
+
+
+def test_the_measured_methods() -> None:
+    found = [
+        example_row(name, task, context, scores=10 * scores, kl=kl, top1_agreement=0.9, bits_per_value=bits, compress_s=bits / 50,
+                    decode_ms_per_token=30.0 + context / 1024)
+        for name, scores, kl, bits in (
+            ("full", [1.0, 1.0], 0.0, 16.0), ("snapkv @ 25%", [0.0, 1.0], 0.25, 4.0), ("snapkv @ 12.5%", [0.0, 0.0], 0.5, 2.0),
+            ("int4", [1.0, 1.0], 0.01, 4.5), ("ems @ 50%", [1.0, 0.0], 0.1, 8.0), ("fastkv | snapkv @ 50%", [1.0, 0.0], 0.1, 8.0),
+        )
+        for task in recipes.TASKS
+        for context in recipes.CONTEXTS
+    ]  # fmt: skip
+    table = methods_table(found)
+    described = describe_methods()
+    assert {(kind, name) for kind, name, _ in table} == {(row["kind"], f"`{row['id']}`") for row in described}
+    assert all(len(cells) == 3 + 4 for cells in table.values())
+    paper, sees, trained, *cells = table["score", "`snapkv`", "`snapkv`"]
+    assert (paper, sees, trained) == ("[2404.14469](https://arxiv.org/abs/2404.14469), 2024", "queries", "no")
+    share = 50  # what an example row holds where it is not said
+    assert cells == [
+        "-",
+        f"0.50, KL 0.250, 90%<br>4.00 bits, {share}%<br>0.08 s, 31 ms",
+        f"0.00, KL 0.500, 90%<br>2.00 bits, {share}%<br>0.04 s, 31 ms",
+        "-",
+    ]
+    assert table["quantize", "`int4`", "`int4`"][3:] == [
+        "-", "-", "-", f"1.00, KL 0.010, 90%<br>4.50 bits, {share}%<br>0.09 s, 31 ms"
+    ]  # fmt: skip
+    assert table["recipe", "`ems`", "`ems`"][3].startswith("0.50, KL 0.100")
+    assert table["merge", "`ems`", "`snapkv | ems`"][3:] == ["-"] * 4
+    assert table["propagate", "`fastkv`", "`fastkv | snapkv`"][3] != "-"
+    assert table["recipe", "`fastkv`", "`fastkv`"][3] == "-"
+    assert table["merge", "`evict`", "-"][3:] == ["-"] * 4
+    assert len([1 for _, name, _ in table if name == "`kivi`"]) == 3
+
+
+def test_numbers_that_are_not_there_are_dashes() -> None:
+    found = [example_row("keydiff @ 50%", "niah", 512, decode_ms_per_token=None, scores=20 * [1.0])]
+    assert methods_table(found)["score", "`keydiff`", "`keydiff`"][3] == "1.00, KL -, -<br>16.00 bits, 50%<br>0.00 s, -"
+    assert all(cells[3:] == ["-"] * 4 for cells in methods_table([]).values())
+    assert "No rows are measured yet" in methods.page([])
+
+
+def test_the_command_writes_its_part_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_row(tmp_path / "bench-x.jsonl", example_row("int4", "niah", 512))
+    document = tmp_path / "methods.md"
+    words = ["--results", str(tmp_path), "--document", str(document)]
+    monkeypatch.setattr(sys, "argv", ["methods_page.py", *words])
+    document.write_text("Before.\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")
+    methods.main()
+    text = document.read_text()
+    assert text.startswith("Before.\n\n<!-- measured -->\n")
+    assert text.endswith("<!-- /measured -->\n\nAfter.\n")
+    assert "old" not in text
+    methods.main()
+    assert document.read_text() == text
+    document.write_text("no place")
+    with pytest.raises(SystemExit, match="1"):
+        methods.main()
+    assert "<!-- measured -->" in capsys.readouterr().err
+
+
 def rows(*names: str) -> list[Row]:
     return [example_row(name, task, 512) for name in names for task in recipes.TASKS]
 
 
-def render(found: list[Row], tmp_path: Path) -> str:
+def render(results: Any, found: list[Row], tmp_path: Path) -> str:
     return str(results.page(found, "figures", tmp_path))
 
 
-@pytest.fixture(autouse=True)
-def charts() -> Any:
+@pytest.fixture
+def results() -> Any:
     pytest.importorskip("altair", reason="the extra `bench` is not installed")
     pytest.importorskip("vl_convert", reason="the extra `bench` is not installed")
+    return load("results_page")
 
 
-def test_the_page_of_rows(tmp_path: Path) -> None:
+def test_the_page_of_rows(results: Any, tmp_path: Path) -> None:
     found = rows("full", "snapkv @ 25%", "peer:kvpress:snapkv@25%")
-    text = render(found, tmp_path)
+    text = render(results, found, tmp_path)
     assert "**Not complete**: 18 of at most" in text
     assert "What these numbers do not show" in text
     assert "| `snapkv @ 25%` |" in text
@@ -83,25 +166,25 @@ def test_the_page_of_rows(tmp_path: Path) -> None:
     assert f"| `snapkv @ 25%` | {sum(scores) / len(scores):.2f} (" in text
     assert all(name in (tmp_path / "results-512.svg").read_text() for name in ("kvpress:snapkv@25%", "full cache"))
     first = (tmp_path / "results-512.svg").read_bytes()
-    assert render(found, tmp_path) == text
+    assert render(results, found, tmp_path) == text
     assert (tmp_path / "results-512.svg").read_bytes() == first
 
 
-def test_the_last_of_rows_that_measure_the_same_counts(tmp_path: Path) -> None:
+def test_the_last_of_rows_that_measure_the_same_counts(results: Any, tmp_path: Path) -> None:
     found = rows("full", "int4")
     again = [example_row("int4", task, 512, scores=[0.0] * 20) for task in recipes.TASKS]
-    assert "| `int4` | 0.00 (0.00 to 0.04) |" in render(found + again, tmp_path)
+    assert "| `int4` | 0.00 (0.00 to 0.04) |" in render(results, found + again, tmp_path)
 
 
-def test_a_recipe_without_all_tasks_is_not_pooled(tmp_path: Path) -> None:
-    text = render([*rows("full"), example_row("int4", "niah", 512)], tmp_path)
+def test_a_recipe_without_all_tasks_is_not_pooled(results: Any, tmp_path: Path) -> None:
+    text = render(results, [*rows("full"), example_row("int4", "niah", 512)], tmp_path)
     pooled, _, single = text.partition("## Task by task")
     assert "`int4`" not in pooled.partition("## 512 tokens")[2]
     assert "| `int4` |" in single
 
 
 def test_without_rows_it_says_how_to_get_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    results: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
@@ -109,7 +192,7 @@ def test_without_rows_it_says_how_to_get_them(
     assert "make results-rows" in capsys.readouterr().err
 
 
-def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_the_page(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows("full", "int4"):
         append_row(tmp_path / "bench-x.jsonl", row)
     document = tmp_path / "results.md"
