@@ -110,10 +110,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if share is not None or any(stage.heads_together for stage in transform):
         merges = [Evict]
     replays = score is not None and Need.REPLAY in score.needs
+    propagate = None if replays or share is not None else draw(st.none() | instances(PROPAGATORS))
+    alone = share is not None or (propagate is not None and propagate.routes_layers)
+    allocators = {name: cls for name, cls in ALLOCATORS.items() if not (alone and cls.across_layers)}
     return Recipe(
-        propagate=None if replays or share is not None else draw(st.none() | instances(PROPAGATORS)),
+        propagate=propagate,
         score=score,
-        allocate=draw(st.none() | instances(ALLOCATORS)) if score else None,
+        allocate=draw(st.none() | instances(allocators)) if score else None,
         merge=draw(st.none() | instances({cls.id: cls for cls in merges})) if score else None,
         share=share,
         transform=transform,

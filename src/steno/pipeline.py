@@ -11,7 +11,18 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Attender, Evictor, Reader, Router, SegmentEncoder, Selection, Selector, Sharer, Transform
+from steno.cache.policy import (
+    Allocation,
+    Attender,
+    Evictor,
+    Reader,
+    Router,
+    SegmentEncoder,
+    Selection,
+    Selector,
+    Sharer,
+    Transform,
+)
 from steno.errors import BudgetError
 from steno.kernels.attention.table import Column
 from steno.kernels.quant import page_bytes
@@ -58,7 +69,9 @@ class RecipePolicy:
 
     def group(self, layer_idx: int, num_layers: int) -> range:
         """The layers that are compressed together with this one."""
-        share = self.recipe.share
+        allocate, share = self.recipe.allocate, self.recipe.share
+        if allocate is not None and allocate.across_layers and self.recipe.budget != WHOLE:
+            return range(num_layers)
         return range(layer_idx, layer_idx + 1) if share is None else share.group(layer_idx, num_layers)
 
     @property
@@ -185,26 +198,23 @@ class RecipePolicy:
 
         return bisect_left(range(1, kv.num_tokens + 1), True, key=lambda tokens: not fits(tokens))
 
-    def select(self, kv: LayerKV, observation: Observation) -> Selection:
+    def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         """Which tokens stay; ties go to the earlier token."""
         score = self.recipe.score
         if score is None:
             return Selection(kv=kv)
         observation = _shown_to(score, observation)
-        evictor, budget = self.recipe.evictor, observation.budget_tokens
         state = None
-        if self.evictor is not None and evictor is not None:
+        if self.evictor is not None and (evictor := self.recipe.evictor) is not None:
             state = evictor.prefill_state(kv, observation)
-        if budget >= kv.num_tokens:
+        if observation.budget_tokens >= kv.num_tokens:
             return Selection(kv=kv, state=list(state) if state is not None else None)
-        if state is not None and evictor is not None:
-            positions = kv.positions.expand(kv.num_kv_heads, -1)
-            scores = evictor.priority(state, positions, budget)
+        if allocation is not None:
+            scores, counts = allocation.scores, allocation.counts
         else:
-            scores = score.score(kv, observation)  # [Hkv, S]
-        if self.heads_together:
-            scores = _mean_score([scores])
-        kept = _best(scores, self._counts(scores, observation))
+            scores = self._scores(score, kv, observation, state)
+            counts = self._counts(scores, observation)
+        kept = _best(scores, counts)
         mask = _mask(kept, kv.num_tokens)
         merged = (self.recipe.merge or Evict()).merge(kv, mask, scores, observation)
         if merged.kept is not mask:
@@ -218,6 +228,32 @@ class RecipePolicy:
             else None,
         )
 
+    def allocate_across(
+        self, kvs: Sequence[LayerKV], observations: Sequence[Observation]
+    ) -> Sequence[Allocation | None]:
+        """What each layer may keep, by the scores of all as of one layer with the heads of all."""
+        score, allocate = self.recipe.score, self.recipe.allocate
+        budget = observations[0].budget_tokens
+        if score is None or allocate is None or budget >= kvs[0].num_tokens:
+            return [None] * len(kvs)
+        scores = []
+        for kv, observation in zip(kvs, observations, strict=True):
+            seen = _shown_to(score, observation)
+            state = None if self.recipe.evictor is None else self.recipe.evictor.prefill_state(kv, seen)
+            scores.append(self._scores(score, kv, seen, state))
+        counts = allocate.allocate(torch.cat(scores), budget_tokens=budget, layer_idx=0, num_layers=1)
+        parts = counts.split([len(x) for x in scores])
+        return [Allocation(scores=x, counts=self._of_heads(part)) for x, part in zip(scores, parts, strict=True)]
+
+    def _scores(self, score: Scorer, kv: LayerKV, observation: Observation, state: Tensor | None) -> Tensor:
+        """Scores `[Hkv, S]`; state: of a method that goes on evicting, after the prompt."""
+        if state is not None and self.recipe.evictor is not None:
+            positions = kv.positions.expand(kv.num_kv_heads, -1)
+            scores = self.recipe.evictor.priority(state, positions, observation.budget_tokens)
+        else:
+            scores = score.score(kv, observation)
+        return _mean_score([scores]) if self.heads_together else scores
+
     def _counts(self, scores: Tensor, observation: Observation) -> list[int]:
         """How many tokens each head keeps."""
         counts = (self.recipe.allocate or Uniform()).allocate(
@@ -226,6 +262,10 @@ class RecipePolicy:
             layer_idx=observation.layer_idx,
             num_layers=observation.num_layers,
         )
+        return self._of_heads(counts)
+
+    def _of_heads(self, counts: Tensor) -> list[int]:
+        """The counts of the heads of a layer, all the same where they keep their tokens together."""
         if self.heads_together:  # an allocator may give a rest to some
             counts = torch.full_like(counts, int(counts.sum()) // len(counts))
         return counts.tolist()

@@ -160,6 +160,7 @@ class Recipe:
         self._check_score()
         self._check_transforms()
         self._check_share()
+        self._check_allocate()
         if self.propagate is not None and Need.REPLAY in self.needs:
             raise RecipeError(
                 f"{self.propagate.id} lets tokens go round layers, and a replay needs them in all: use it without kvzip."
@@ -215,6 +216,20 @@ class Recipe:
                     f"{transform.id} fits a basis to each layer, and {self.share.id} stores tensors common to several: use "
                     "one of them, or hadamard, which is the same for all."
                 )
+
+    def _check_allocate(self) -> None:
+        if self.allocate is None or not self.allocate.across_layers:
+            return
+        name = self.allocate.id
+        if self.propagate is not None and self.propagate.routes_layers:
+            raise RecipeError(
+                f"{name} compares the tokens of all layers, and {self.propagate.id} leaves some out of them: use another way "
+                "to allocate, such as adakv."
+            )
+        if self.share is not None:
+            raise RecipeError(
+                f"{name} gives every layer a budget of its own, and {self.share.id} keeps the same tokens in several: use one."
+            )
 
     def _check_score(self) -> None:
         if self.score is None:

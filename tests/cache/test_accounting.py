@@ -22,6 +22,7 @@ LAYERS, HEADS, DIM = 3, 2, 12
 RECIPES = [
     "full", "int8", "int4", "int2", "kivi(bits=4)", "kivi(bits=2)", "snapkv(window=8) @ 40", "snapkv(window=8) | adakv @ 40",
     "snapkv(window=8) | adakv | int4 @ 90", "keydiff | pyramidkv | kivi @ 60%", "kvzip | adakv | int8 @ 50%",
+    "kvzip(window=9) | one_threshold(unit=64) | hadamard | int4 @ 50%", "snapkv(window=8) | one_threshold @ 40",
     "quest(tokens=64, dense_layers=0)", "moba(blocks=2)",
     "keydiff | adakv | double_sparsity(tokens=9) @ 100",
     "keydiff | adakv | int4 | delta(tokens=64, full_layers='0') @ 100",
@@ -180,7 +181,7 @@ def test_budget_in_bytes_holds(recipe: str, num_tokens: int, budget: int, dim: i
     assert 0 < cache.kv_bytes <= budget
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.startswith("kvzip")])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "kvzip" not in r and "one_threshold" not in r])
 def test_peak_is_one_dense_layer_above_what_is_held(recipe: str) -> None:
     cache = read(recipe, 200)
     held = cache.kv_bytes

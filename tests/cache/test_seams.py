@@ -205,7 +205,7 @@ def bounded(room: int, bound: bool) -> Policy:
 def merged(counts: Tensor, kept: Tensor) -> Any:
     """A `select` that keeps the entries of `kept` `[Hkv, S]`, which stand for `counts` `[Hkv, S]` tokens."""
 
-    def select(kv: LayerKV, observation: Observation) -> Selection:
+    def select(kv: LayerKV, observation: Observation, allocation: None = None) -> Selection:
         index = [row.nonzero()[:, 0] for row in kept]
         return Selection(kv=kv, kept=index, log_counts=[c[i].log() for c, i in zip(counts, index, strict=True)])
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steno.methods.allocate.adakv import AdaKV
+from steno.methods.allocate.one_threshold import OneThreshold
 from steno.methods.allocate.pyramidkv import PyramidKV
 from steno.methods.allocate.uniform import Uniform
 
 
-def counts(allocator: AdaKV | Uniform, scores: torch.Tensor, budget: int) -> list[int]:
+def counts(allocator: AdaKV | OneThreshold | Uniform, scores: torch.Tensor, budget: int) -> list[int]:
     return allocator.allocate(scores, budget_tokens=budget, layer_idx=0, num_layers=2).tolist()
 
 
@@ -92,3 +93,43 @@ def test_pyramidkv_by_hand() -> None:
     scores = random_scores(2, 50, 4, 0)
     first, last = (PyramidKV().allocate(scores, budget_tokens=14, layer_idx=i, num_layers=2).tolist() for i in (0, 1))
     assert (first, last) == ([24, 24], [4, 4])
+
+
+@given(heads=st.integers(1, 6), num_tokens=st.integers(4, 30), budget=st.integers(4, 30), seed=st.integers(0, 50))
+@settings(max_examples=60, deadline=None)
+def test_one_threshold_keeps_the_best_of_all_heads(heads: int, num_tokens: int, budget: int, seed: int) -> None:
+    scores, budget = random_scores(heads, num_tokens, 3, seed), min(budget, num_tokens)
+    entries = sorted(((s, h) for h, row in enumerate(scores.tolist()) for s in row), reverse=True)
+    best = [h for _, h in entries[: heads * budget]]
+    assert counts(OneThreshold(), scores, budget) == [best.count(h) for h in range(heads)]
+
+
+@given(
+    heads=st.integers(1, 6), num_tokens=st.integers(1, 40), budget=st.integers(1, 40), window=st.integers(0, 5),
+    unit=st.integers(1, 9), seed=st.integers(0, 50),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_one_threshold_gives_whole_units_and_never_more_than_the_budget(
+    heads: int, num_tokens: int, budget: int, window: int, unit: int, seed: int
+) -> None:
+    scores = random_scores(heads, num_tokens, min(window, num_tokens), seed)
+    found = counts(OneThreshold(unit=unit), scores, budget)
+    total = min(budget, num_tokens) * heads
+    assert sum(found) <= total
+    if any(n % unit for n in found):  # whole units cannot hold what is protected
+        least = -(-max(1, window) // unit)
+        assert least > num_tokens // unit or least * heads > total // unit
+        assert sum(found) == total
+    else:
+        assert sum(found) > total - unit or sum(found) == heads * (num_tokens // unit * unit)
+
+
+def test_one_threshold_by_hand() -> None:
+    scores = torch.tensor([[9.0, 1, 1, 1, 1, 1], [4.0, 4, 4, 4, 0, 0], [torch.inf, 0, 0, 0, 0, 0]])
+    assert counts(OneThreshold(), scores, 2) == [1, 4, 1]
+    assert counts(OneThreshold(unit=2), scores, 2) == [2, 2, 2]  # means: 5 of the first, 4 of the second, protected
+    assert counts(OneThreshold(unit=3), scores, 2) == counts(OneThreshold(), scores, 2)  # not a run of 3 for each
+    assert counts(OneThreshold(), torch.tensor([[9.0, 9, 9, 9], [0, 0, 0, 0]]), 2) == [3, 1]  # at least one of each
+    assert counts(OneThreshold(unit=7), scores, 2) == counts(OneThreshold(), scores, 2)  # no run of 7 fits
+    assert counts(OneThreshold(unit=2), torch.ones(3, 6), 2) == [2, 2, 2]
+    assert counts(OneThreshold(), torch.full((2, 6), torch.inf), 4) == [4, 4]

@@ -192,6 +192,14 @@ def test_kvzip_scores_are_the_replay_behind_the_sinks() -> None:
     assert torch.equal(scores[:, 2:], obs.replay_mass[:, 2:])
 
 
+@pytest.mark.parametrize(("budget", "protected"), [(12, 3), (8, 2), (3, 0)])
+def test_kvzip_protects_a_window_of_at_most_a_quarter_of_the_budget(budget: int, protected: int) -> None:
+    kv, obs = make_layer(9)
+    scores = KVzip(n_sink=2, window=3).score(kv, dataclasses.replace(obs, budget_tokens=budget))
+    assert torch.isposinf(scores).tolist() == [[i < 2 or i >= 9 - protected for i in range(9)]] * 2
+    assert torch.equal(scores[:, 2:6], obs.replay_mass[:, 2:6])
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("tq", "m", "n", "group", "block"), [(1, 1, 0, 1, 4), (7, 5, 2, 3, 3), (6, 9, 4, 2, 256)])
 def test_reconstruction_mass_equals_the_dense_loop(

@@ -12,7 +12,7 @@ from torch import Tensor
 from steno.cache.access import Shared
 from steno.cache.observe import PromptObserver
 from steno.cache.paged import PagedRows
-from steno.cache.policy import LayerPolicy, Selection
+from steno.cache.policy import Allocation, LayerPolicy, Selection
 from steno.cache.row import Row
 from steno.cache.segment import HeadKV
 from steno.cache.slots import SlotBlock, SlotRow, SlotRows
@@ -32,22 +32,25 @@ def compress_rows(
     replay_mass: Tensor | None,
     shared: Shared,
     rope: Rope | None,
+    allocations: Sequence[Allocation | None] | None = None,
 ) -> PagedRows | SlotRows:
     """prompts: what was read per row, fewer than its `prompt_tokens` where some went round the layer; observers: what was
-    seen of them. shared: of all layers of the cache. rope: of the layer, for policies that need it.
+    seen of them. shared: of all layers of the cache. rope: of the layer, for policies that need it. allocations: what was
+    found for each row by `allocate_across`, if layers were asked together.
     """
     writer = SegmentWriter(policy=policy, layer_idx=layer_idx, num_layers=num_layers, rope=rope)
     rows: list[Row] = []
     tails: list[tuple[Tensor, Tensor]] = []
     slots: list[SlotRow] = []
-    for kv, num_tokens, observer in zip(prompts, prompt_tokens, observers, strict=True):
+    found = allocations or [None] * len(prompts)
+    for kv, num_tokens, observer, allocation in zip(prompts, prompt_tokens, observers, found, strict=True):
         budget = policy.budget_tokens(kv, num_layers, num_tokens)
         selection, observation = Selection(kv=kv), None
         if kv.num_tokens:
             observation = observer.observation(
                 kv, layer_idx=layer_idx, num_layers=num_layers, budget_tokens=budget, replay_mass=replay_mass
             )
-            selection = policy.select(kv, observation)
+            selection = policy.select(kv, observation, allocation)
         if policy.evictor is not None:
             slots.append(slot_row(selection, budget, num_tokens))
         else:
@@ -62,13 +65,25 @@ def compress_rows(
 @final
 @dataclass(frozen=True, kw_only=True)
 class LayerPrompt:
-    """What was read of one layer: the arguments of `compress_rows`."""
+    """What was read of one layer of a group: as the arguments of `compress_rows`."""
 
     prompts: list[HeadKV]
     observers: list[PromptObserver]
     layer_idx: int
     replay_mass: Tensor | None
     rope: Rope | None
+
+
+def allocate_across(
+    layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: int
+) -> list[list[Allocation | None]]:
+    """What each row of each layer may keep, `[L][B]`, found row by row from the scores of all layers."""
+    rows: list[Sequence[Allocation | None]] = []
+    for b in range(len(layers[0].prompts)):
+        kvs, observations = zip(*(_observed(layer, b, policy, num_layers) for layer in layers), strict=True)
+        is_empty = not kvs[0].num_tokens
+        rows.append([None] * len(layers) if is_empty else policy.allocate_across(kvs, observations))
+    return [list(layer) for layer in zip(*rows, strict=True)]
 
 
 def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: int, shared: Shared) -> list[PagedRows]:

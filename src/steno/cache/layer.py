@@ -13,10 +13,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from steno.cache.access import Shared
 from steno.cache.accounting import Meter, held_bytes
-from steno.cache.compress import LayerPrompt, compress_rows, share_rows
+from steno.cache.compress import LayerPrompt, allocate_across, compress_rows, share_rows
 from steno.cache.evicting import EvictingPrompt
 from steno.cache.paged import PagedRows
-from steno.cache.policy import LayerPolicy
+from steno.cache.policy import Allocation, LayerPolicy
 from steno.cache.prompt import Prompt, ReplayObserver
 from steno.cache.segment import HeadKV
 from steno.cache.slots import SlotRows
@@ -445,11 +445,24 @@ class LayerCache(CacheLayerMixin):
         """Turns the prompt, dense until now, into what the recipe keeps. replay_mass: `[Hkv, S]` for methods that need it."""
         if self._prompt is None:
             raise CacheError("there is no prompt to compress: it was compressed already, or nothing was read.")
-        if len(self.group) > 1:
-            self._replay_mass = replay_mass
-            self._compress_group()
-            return
+        self._replay_mass = replay_mass
+        if self is not self.group[-1]:  # dense until the last layer of the group has read its prompt
+            self._prompt.keep()
+            self.measure()
+        elif self.policy.sharer is not None and len(self.group) > 1:
+            self._share()
+        elif len(self.group) > 1:
+            found = allocate_across([layer._read_prompt() for layer in self.group], self.policy, self.num_layers)
+            for layer, allocations in zip(self.group, found, strict=True):
+                layer._compress(allocations)
+        else:
+            self._compress(None)
+
+    def _compress(self, allocations: list[Allocation | None] | None) -> None:
+        """Compresses the prompt of this layer by itself. allocations: of each row, if they were found from all layers."""
         prompt, self._prompt = self._prompt, None
+        replay_mass, self._replay_mass = self._replay_mass, None
+        assert prompt is not None, "a layer is compressed once"
         if isinstance(prompt, EvictingPrompt):
             self.content = prompt.compress(self.reading.shared)
         else:
@@ -463,37 +476,32 @@ class LayerCache(CacheLayerMixin):
                 replay_mass=replay_mass,
                 shared=self.reading.shared,
                 rope=prompt.rope,
+                allocations=allocations,
             )
         if self.layer_idx == self.num_layers - 1:  # the prompt is over; what was told of it is held no longer
             self.reading.image_mask = self.reading.onward = None
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)
 
-    def _compress_group(self) -> None:
-        """Keeps the dense prompt until the last layer of the group has read it; then all are compressed together."""
-        if self is not self.group[-1]:
-            assert self._prompt is not None
-            self._prompt.keep()
-            self.measure()
-            return
-        parts, dense_bytes = [], 0
-        for layer in self.group:
-            prompt, layer._prompt = layer._prompt, None
-            assert isinstance(prompt, Prompt), "the layers of a group are read together, and whole"
-            dense_bytes += prompt.dense_bytes
-            parts.append(
-                LayerPrompt(
-                    prompts=prompt.rows,
-                    observers=prompt.observers,
-                    layer_idx=layer.layer_idx,
-                    replay_mass=layer._replay_mass,
-                    rope=prompt.rope,
-                )
-            )
-            layer._replay_mass = None
+    def _read_prompt(self) -> LayerPrompt:
+        """What was read of this layer, for those that compress a group together."""
+        prompt = self._prompt
+        assert isinstance(prompt, Prompt), "the layers of a group are read together, and whole"
+        return LayerPrompt(
+            prompts=prompt.rows,
+            observers=prompt.observers,
+            layer_idx=self.layer_idx,
+            replay_mass=self._replay_mass,
+            rope=prompt.rope,
+        )
+
+    def _share(self) -> None:
+        """Compresses the prompts of all layers of the group into segments with tensors in common."""
+        dense_bytes = sum(layer._prompt.dense_bytes for layer in self.group if layer._prompt is not None)
+        parts = [layer._read_prompt() for layer in self.group]
         contents = share_rows(parts, self.policy, self.num_layers, self.reading.shared)
         for layer, content in zip(self.group, contents, strict=True):
-            layer.content = content
+            layer.content, layer._prompt, layer._replay_mass = content, None, None
         self.measure()
         self.meter.touch(dense_bytes)
 
@@ -514,10 +522,11 @@ class LayerCache(CacheLayerMixin):
     # accounting
 
     def measure(self) -> int:
-        """Bytes held by this layer now, or by all of its group, what they share once; also brings the meter up to date."""
-        num_bytes = held_bytes([(layer.content, layer._prompt, layer._given) for layer in self.group])
-        for layer in self.group:
-            self.meter.set_layer(layer.layer_idx, num_bytes if layer is self.group[0] else 0)
+        """Bytes held by this layer now, or by all that share with it, what they share once; brings the meter up to date."""
+        together = self.group if self.policy.sharer is not None else [self]
+        num_bytes = held_bytes([(layer.content, layer._prompt, layer._given) for layer in together])
+        for layer in together:
+            self.meter.set_layer(layer.layer_idx, num_bytes if layer is together[0] else 0)
         return num_bytes
 
     def held_tokens(self) -> list[list[int]]:

@@ -144,6 +144,17 @@ class Selection:
         return self.kept is None and self.kv.num_tokens == prompt_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What the heads of a layer may keep, found together with those of other layers.
+
+    scores: `[Hkv, S]` fp32, those of the layer; counts: tokens of each head.
+    """
+
+    scores: Tensor
+    counts: list[int]
+
+
 class LayerPolicy(Protocol):
     """Built from a recipe; shared by all layers; holds no state."""
 
@@ -205,7 +216,15 @@ class LayerPolicy(Protocol):
         """
         ...
 
-    def select(self, kv: LayerKV, observation: Observation) -> Selection: ...
+    def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
+        """Which tokens of a layer stay. allocation: what was found for it by `allocate_across`."""
+        ...
+
+    def allocate_across(
+        self, kvs: Sequence[LayerKV], observations: Sequence[Observation]
+    ) -> Sequence[Allocation | None]:
+        """What each layer of a group may keep of one sequence, found from all their scores; None: everything."""
+        ...
 
     def select_together(self, kvs: Sequence[LayerKV], observations: Sequence[Observation]) -> list[Selection]:
         """Which tokens stay in the layers of a group and their heads: the same in all."""

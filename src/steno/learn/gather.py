@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from steno.cache.policy import Selection
+from steno.cache.policy import Allocation, Selection
 from steno.models.kvcache import KVCache
 from steno.session import LanguageModel
 from steno.types import LayerKV, Need, Observation
@@ -42,8 +42,13 @@ class Look:
     def select_together(self, kvs: Sequence[LayerKV], observations: Sequence[Observation]) -> list[Selection]:
         return [Selection(kv=kv) for kv in kvs]
 
-    def select(self, kv: LayerKV, observation: Observation) -> Selection:
+    def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         return Selection(kv=kv)
+
+    def allocate_across(
+        self, kvs: Sequence[LayerKV], observations: Sequence[Observation]
+    ) -> Sequence[Allocation | None]:
+        return [None] * len(kvs)
 
 
 def look(lm: LanguageModel, tokens: Sequence[int], *needs: Need, **options: Any) -> list[tuple[LayerKV, Observation]]:

@@ -13,6 +13,7 @@ from steno.methods.access.quest import Quest
 from steno.methods.access.sentencekv import SentenceKV
 from steno.methods.allocate.adakv import AdaKV
 from steno.methods.allocate.ems_heads import EMSHeads
+from steno.methods.allocate.one_threshold import OneThreshold
 from steno.methods.allocate.prefixkv import PrefixKV
 from steno.methods.allocate.pyramidkv import PyramidKV
 from steno.methods.allocate.razorattention import RazorAttention
@@ -100,7 +101,7 @@ SCORERS: dict[str, type[Scorer]] = {
     )
 }
 ALLOCATORS: dict[str, type[Allocator]] = {
-    cls.id: cls for cls in (Uniform, PyramidKV, AdaKV, PrefixKV, RazorAttention, EMSHeads, ZipVL)
+    cls.id: cls for cls in (Uniform, PyramidKV, AdaKV, OneThreshold, PrefixKV, RazorAttention, EMSHeads, ZipVL)
 }
 MERGERS: dict[str, type[Merger]] = {cls.id: cls for cls in (Evict, KVMerger, EMS, Chelsea, LookM, RazorCompensation)}
 SHARERS: dict[str, type[Sharer]] = {cls.id: cls for cls in (MiniCache, XKV)}
@@ -196,6 +197,7 @@ __all__ = [
     "MiniCache",
     "MoBA",
     "NamedRecipe",
+    "OneThreshold",
     "Palu",
     "PrefixKV",
     "Propagator",

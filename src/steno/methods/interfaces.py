@@ -126,6 +126,9 @@ class Reader(Scorer, Protocol):
 class Allocator(Method, Protocol):
     """How many tokens each head of a layer keeps."""
 
+    across_layers: ClassVar[bool]
+    """Whether it is shown the scores of all layers at once, as of one layer with L * Hkv heads; all stay dense until then."""
+
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
         """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers."""
 

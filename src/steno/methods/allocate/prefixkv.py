@@ -55,6 +55,7 @@ class PrefixKV:
     needs: ClassVar[frozenset[Need]] = frozenset()
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
+    across_layers: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The offline variant, profiled on text; the allocation only, for any scorer, whose protected tokens replace the "
         "first 4 and the last; what is kept of the prompt stays while decoding."

@@ -45,6 +45,7 @@ class PyramidKV:
     needs: ClassVar[frozenset[Need]] = frozenset()
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
+    across_layers: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer; whole-token steps, as in the authors' code, "
         "may keep up to (L - 1) / 2 tokens per layer more than the budget."

@@ -57,6 +57,7 @@ class RazorAttention:
     needs: ClassVar[frozenset[Need]] = frozenset()
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
+    across_layers: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer; the buffer follows from the budget instead of max(4000, N/5), and where the "
         "budget does not hold all retrieval heads, fewer are."

@@ -1,9 +1,10 @@
 """KVzip: let the model repeat its context; what it attends to while doing so is what any later question may need.
 
 Source: Kim, Kim, Kwon, Lee, Yun, Song, 2025, https://arxiv.org/abs/2505.23416, section 3; the authors' code.
-Differs: tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; the
-    softmax is computed in fp32; besides the system prefix, which the caller keeps, the first `n_sink` tokens are
-    protected; chunks of 512 tokens by default, not 2000, since small models repeat short chunks more faithfully.
+Differs: the score alone; the paper's one threshold over all layers and heads is the allocator `one_threshold`. The softmax
+    is computed in fp32; besides the system prefix, which the caller keeps, the first `n_sink` tokens are protected, and,
+    where asked for, the last `window`, since text that goes on looks at them more than a repetition does; chunks of 512
+    tokens by default, not 2000, since small models repeat short chunks more faithfully.
 Cost: a second prefill over the context, in chunks, and `reconstruction_mass` per chunk and layer: 2*H*Tq*(n + m +
     Tq)*D FLOPs; one fp32 temporary of G*block*(n + m + Tq) at a time.
 """
@@ -38,6 +39,8 @@ class KVzip:
         Last tokens of the chunk before, quoted in the request for the next one.
     n_sink : int, default 4 tokens
         First tokens that are always kept.
+    window : int, default 0 tokens
+        Last tokens of the prompt that are always kept; of a small budget no more than a quarter.
 
     Raises
     ------
@@ -55,19 +58,22 @@ class KVzip:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
-        "Tokens are chosen per layer by score and allocator, not by one threshold over all layers and heads; "
-        "the first `n_sink` tokens are protected besides the system prefix; chunks of 512 tokens by default, not 2000."
+        "The score alone; the paper's one threshold over all layers and heads is the allocator `one_threshold`. The first "
+        "`n_sink` tokens are protected besides the system prefix, and, where asked for, the last `window`; chunks of 512 "
+        "tokens by default, not 2000."
     )
     evicts_while_decoding: ClassVar[bool] = False
 
     chunk_tokens: int = 512
     postfix_tokens: int = 8
     n_sink: int = 4
+    window: int = 0
 
     def __post_init__(self) -> None:
         require_int("chunk_tokens", self.chunk_tokens, 1)
         require_int("postfix_tokens", self.postfix_tokens, 0)
         require_int("n_sink", self.n_sink, 0)
+        require_int("window", self.window, 0)
 
     @property
     def query_window(self) -> int:
@@ -82,9 +88,11 @@ class KVzip:
         return self.n_sink
 
     def score(self, kv: LayerKV, obs: Observation) -> Tensor:
-        """Scores `[Hkv, S]` fp32, sinks +inf."""
+        """Scores `[Hkv, S]` fp32, sinks and window +inf."""
         assert obs.replay_mass is not None, "the host gathers REPLAY"
-        return obs.replay_mass.float().masked_fill(kv.positions < self.n_sink, torch.inf)  # [Hkv, S]
+        window = min(self.window, obs.budget_tokens // 4)
+        ends = (kv.positions < self.n_sink) | (kv.positions >= kv.num_tokens - window)  # [S]
+        return obs.replay_mass.float().masked_fill(ends, torch.inf)  # [Hkv, S]
 
 
 def reconstruction_mass(
