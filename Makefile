@@ -16,7 +16,7 @@ FIGURES := docs/figures
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
-		--recipe "kvzip | adakv | kivi(bits=4) @ 50%" --max-new-tokens 48
+		--recipe "shorthand @ 43%" --max-new-tokens 48
 
 test: lint model $(VENV)/.browser
 	$(BIN)/python -m pytest

@@ -10,7 +10,17 @@ import torch
 import steno
 from steno.calibration import save_calibration
 from steno.errors import BudgetError, RecipeError
-from steno.methods import KINDS, METHODS, NAMED, EMSHeads, GlobalLocal, describe_methods, stage_text, whole_paper
+from steno.methods import (
+    COMPOSITIONS,
+    KINDS,
+    METHODS,
+    NAMED,
+    EMSHeads,
+    GlobalLocal,
+    describe_methods,
+    stage_text,
+    whole_paper,
+)
 from steno.recipe import Recipe, parse_recipe
 from tiny import prompt, shared
 from tiny_vlm import IMAGE, inputs, vlm
@@ -115,9 +125,27 @@ def test_look_m_alone_keeps_text_first_and_merges_images_into_it() -> None:
 
 def test_named_recipes_are_described_after_the_methods() -> None:
     rows = [row for row in describe_methods() if row["kind"] == "recipe"]
-    assert [row["id"] for row in rows] == list(NAMED)
+    assert [row["id"] for row in rows] == [*NAMED, *COMPOSITIONS]
     ems = next(row for row in rows if row["id"] == "ems")
     assert ems["title"] == "global_local | ems_heads | ems"
     assert ems["needs"] == ["ATTENTION_MASS", "QUERIES"]
     assert ems["frees_memory"]
     assert all("." in row["differs"] for row in rows)
+    ours = next(row for row in rows if row["id"] == "shorthand")
+    assert ours["title"] == "kvzip(window=96) | one_threshold(unit=64) | hadamard | int4"
+    assert ours["needs"] == ["REPLAY"]
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_a_recipe_of_our_own_stands_alone(name: str) -> None:
+    stages = COMPOSITIONS[name].stages
+    recipe = parse_recipe(f"{name} @ 40%")
+    assert recipe.stages == stages
+    assert recipe == parse_recipe(f"{' | '.join(map(stage_text, stages))} @ 40%")
+    assert str(recipe) == f"{name} @ 40%"
+    assert name not in METHODS
+    with pytest.raises(BudgetError, match=f"{name} chooses tokens, so the recipe needs a budget"):
+        parse_recipe(name)
+    for text in (f"{name} | int4 @ 40%", f"{name}(unit=1) @ 40%", f"snapkv | {name} @ 40%"):
+        with pytest.raises(RecipeError, match="is a whole recipe: write"):
+            parse_recipe(text)

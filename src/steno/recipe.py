@@ -1,6 +1,7 @@
 """Recipes: a chain of stages and one budget, and their text form, `snapkv(window=64) | adakv | kivi(bits=2) @ 20%`.
 
-A name with its budget alone, `ems @ 25%`, is the whole paper, with the stages that it has beside that one (`methods/named.py`).
+A name with its budget alone, `ems @ 25%`, is the whole paper, with the stages that it has beside that one, or a recipe of our
+own, `shorthand @ 25%` (both in `methods/named.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast, final
 
 from steno.errors import BadArgument, BudgetError, RecipeError, nearest
 from steno.methods import (
+    COMPOSITIONS,
     KINDS,
     METHODS,
     NAMED,
@@ -299,6 +301,7 @@ class Recipe:
             return "full"
         alone = next((s for s in self.stages if s.id in NAMED and whole_paper(s) == self.stages), None)
         chain = " | ".join(map(stage_text, self.stages if alone is None else (alone,)))
+        chain = next((name for name, ours in COMPOSITIONS.items() if ours.stages == self.stages), chain)
         return chain if self.score is None else f"{chain} @ {self.budget}"
 
 
@@ -333,12 +336,14 @@ def parse_recipe(text: str) -> Recipe:
     budget = Budget.parse(budgets[0].strip()) if budgets else None
     if chain.strip() == "full":
         return Recipe(budget=budget or WHOLE)
-    stages = [_build(node) for node in _nodes(chain)]
+    nodes = _nodes(chain)
+    ours = COMPOSITIONS.get(nodes[0].id) if len(nodes) == 1 and isinstance(nodes[0], ast.Name) else None
+    stages = list(ours.stages) if ours is not None else [_build(node) for node in nodes]
     if budget is not None and len(stages) == 1:
         stages = list(whole_paper(stages[0]))
     by_kind = _in_order(stages)
     if "score" in by_kind and budget is None:
-        name = cast(Method, by_kind["score"]).id
+        name = ours.id if ours is not None else cast(Method, by_kind["score"]).id
         raise BudgetError(f"{name} chooses tokens, so the recipe needs a budget: e.g. `{name} @ 25%`.")
     return Recipe(budget=budget or WHOLE, **cast(dict[str, Any], by_kind))
 
@@ -387,8 +392,13 @@ def _build(node: ast.expr) -> Method:
     name = call.func.id
     if name == "full":
         raise RecipeError("`full` is the whole cache and stands alone.")
+    if name in COMPOSITIONS:
+        stages = " | ".join(map(stage_text, COMPOSITIONS[name].stages))
+        raise RecipeError(f"{name} is a whole recipe: write `{name} @ 25%`, or its stages to change some: `{stages}`.")
     if name not in METHODS:
-        raise RecipeError(f"unknown method {shown(name)}; {nearest(name.lower(), METHODS, where='`steno methods`')}")
+        raise RecipeError(
+            f"unknown method {shown(name)}; {nearest(name.lower(), [*METHODS, *COMPOSITIONS], where='`steno methods`')}"
+        )
     try:
         return cast(Method, METHODS[name](**_arguments(name, call)))
     except RecipeError:

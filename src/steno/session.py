@@ -142,7 +142,7 @@ class LanguageModel:
         text : str
             The document; questions about it come later, and compression does not see them.
         recipe : Recipe, str or None
-            E.g. `"kvzip | adakv | kivi(bits=4) @ 40%"`; None keeps everything.
+            E.g. `"shorthand @ 43%"` or `"snapkv | adakv | int4 @ 40%"`; None keeps everything.
         question : str or None
             A question that is read with the document, so that compression sees it; `ask(None)` answers it.
         reserve_tokens : int

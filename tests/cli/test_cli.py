@@ -12,7 +12,7 @@ import pytest
 
 from steno import session
 from steno.cli.main import run
-from steno.methods import METHODS, NAMED
+from steno.methods import COMPOSITIONS, METHODS, NAMED
 from steno.version import VERSION
 
 TEXT = "the hen is here. " * 5
@@ -58,7 +58,7 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in METHODS)
     assert run(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)
-    assert [method["id"] for method in methods] == [*METHODS, *NAMED]
+    assert [method["id"] for method in methods] == [*METHODS, *NAMED, *COMPOSITIONS]
     assert all(set(method) == METHOD_FIELDS for method in methods)
 
 

@@ -31,7 +31,18 @@ from safetensors.torch import save_file
 
 from steno import methods
 from steno.errors import BadArgument
-from steno.methods import ALLOCATORS, KINDS, METHODS, NAMED, READERS, SCORERS, Evictor, Reader, describe_methods
+from steno.methods import (
+    ALLOCATORS,
+    COMPOSITIONS,
+    KINDS,
+    METHODS,
+    NAMED,
+    READERS,
+    SCORERS,
+    Evictor,
+    Reader,
+    describe_methods,
+)
 
 SMALL: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 3, "kernel": 3},
@@ -186,7 +197,7 @@ def test_access(cls: Any) -> None:
 
 def test_describe_methods_is_json() -> None:
     rows = json.loads(json.dumps(describe_methods()))
-    assert [row["id"] for row in rows] == [*METHODS, *NAMED]
+    assert [row["id"] for row in rows] == [*METHODS, *NAMED, *COMPOSITIONS]
     assert set(rows[0]) == {
         "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs"
     }  # fmt: skip

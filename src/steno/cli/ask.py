@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from steno.decode.sampler import Sampling
     from steno.session import Context, LanguageModel
 
-DEFAULT_RECIPE = "kvzip | adakv | kivi(bits=4) @ 50%"
+DEFAULT_RECIPE = "shorthand @ 43%"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ DEFAULT_RECIPES = (
     "full",
     "kivi(bits=4)",
     "kvzip | adakv @ 50%",
-    "kvzip | adakv | kivi(bits=4) @ 50%",
+    "shorthand @ 43%",
     "snapkv @ 50%",
 )
 DEFAULT_TASK, DEFAULT_CONTEXT, DEFAULT_SAMPLES = "niah", 2048, 20

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         description="Steno writes an LLM's memory in shorthand: read a long text, keep its KV cache in a fraction of the "
         "bytes, and ask questions about it.",
         epilog="exit status: 0 done, 1 failed, 2 wrong usage or input. Example: steno ask 'Who holds the key?' "
-        "--document book.txt --recipe 'kvzip | adakv | kivi(bits=4) @ 40%'",
+        "--document book.txt --recipe 'shorthand @ 43%'",
     )
     main.add_argument("--version", action="version", version=f"steno {VERSION}")
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -41,7 +41,7 @@ from steno.methods.merge.evict import Evict
 from steno.methods.merge.kvmerger import KVMerger
 from steno.methods.merge.look_m import LookM
 from steno.methods.merge.razor_compensation import RazorCompensation
-from steno.methods.named import NAMED, NamedRecipe, stage_text
+from steno.methods.named import COMPOSITIONS, NAMED, Composition, NamedRecipe, stage_text
 from steno.methods.propagate.fastkv import FastKV
 from steno.methods.propagate.videollm_mod import VideoLLMMoD
 from steno.methods.propagate.zipvl_attention import ZipVLAttention
@@ -143,6 +143,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "ACCESSORS",
     "ALLOCATORS",
+    "COMPOSITIONS",
     "CSKV",
     "DELTA",
     "EMS",
@@ -171,6 +172,7 @@ __all__ = [
     "Allocator",
     "Attender",
     "Chelsea",
+    "Composition",
     "DoubleSparsity",
     "EMSHeads",
     "Encoder",
@@ -238,9 +240,16 @@ def describe_methods() -> list[dict[str, Any]]:
     methods = [_row(cls, cls.kind, cls.title, (cls,), cls.differs) for cls in METHODS.values()]
     for named in NAMED.values():
         stages = whole_paper(METHODS[named.id]())
-        chain = " | ".join(map(stage_text, stages))
-        methods.append(_row(METHODS[named.id], "recipe", chain, stages, named.differs))
+        methods.append(_row(METHODS[named.id], "recipe", _chain(stages), stages, named.differs))
+    for ours in COMPOSITIONS.values():
+        about = {"id": ours.id, "kind": "recipe", "title": _chain(ours.stages)}
+        paper = {"paper": "(a recipe of this project)", "year": ours.year, "arxiv": ""}
+        methods.append(about | paper | _of_stages(ours.stages) | {"differs": ours.differs})
     return methods
+
+
+def _chain(stages: tuple[Method, ...]) -> str:
+    return " | ".join(map(stage_text, stages))
 
 
 def whole_paper(stage: Method) -> tuple[Method, ...]:
@@ -259,8 +268,14 @@ def _row(
         "paper": cls.paper,
         "year": cls.year,
         "arxiv": cls.arxiv,
+        **_of_stages(stages),
+        "differs": differs,
+    }
+
+
+def _of_stages(stages: tuple[Method | type[Method], ...]) -> dict[str, Any]:
+    return {
         "needs": sorted({need.name for stage in stages for need in stage.needs}),
         "frees_memory": any(stage.frees_memory for stage in stages),
         "trained": any(stage.trained for stage in stages),
-        "differs": differs,
     }

@@ -2,7 +2,8 @@
 
 `ems @ 25%`, a name and a budget alone, is the whole paper; in a chain, `snapkv | ems @ 25%`, the name is the stage. Papers that
 are one stage need no entry: their name alone is the whole paper already, as `gear` (backbone, low rank and outliers),
-`zipcache` (saliency and both precisions) and `cskv` (both branches; its codes in 4 bits are `cskv | int4`).
+`zipcache` (saliency and both precisions) and `cskv` (both branches; its codes in 4 bits are `cskv | int4`). Recipes of our
+own have a name too, and stand alone.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from dataclasses import dataclass, fields
 from typing import Any, cast, final
 
 from steno.methods.allocate.ems_heads import EMSHeads
+from steno.methods.allocate.one_threshold import OneThreshold
 from steno.methods.interfaces import Method
 from steno.methods.merge.razor_compensation import RazorCompensation
 from steno.methods.propagate.zipvl_attention import ZipVLAttention
+from steno.methods.quantize.integer import Int4
 from steno.methods.score.global_local import GlobalLocal
 from steno.methods.score.heavy_hitters import HeavyHitters
+from steno.methods.score.kvzip import KVzip
 from steno.methods.score.recency import Recency
 from steno.methods.score.snapkv import SnapKV
 from steno.methods.score.text_prior import TextPrior
+from steno.methods.transform.hadamard import Hadamard
+from steno.types import PAGE_TOKENS
 
 
 @final
@@ -76,6 +82,33 @@ NAMED: dict[str, NamedRecipe] = {
             differs=(
                 "Every layer keeps the budget, the paper's mode proportional; scores are pooled after the mean over the "
                 "query heads of a KV head, not before."
+            ),
+        ),
+    )
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A recipe of our own: a name for all its stages, in the order of the kinds, which stands alone before a budget."""
+
+    id: str
+    stages: tuple[Method, ...]
+    year: int
+    differs: str
+
+
+COMPOSITIONS: dict[str, Composition] = {
+    recipe.id: recipe
+    for recipe in (
+        Composition(
+            id="shorthand",
+            stages=(KVzip(window=96), OneThreshold(unit=PAGE_TOKENS), Hadamard(), Int4()),
+            year=2026,
+            differs=(
+                "Found by measuring compositions at an eighth of the bytes (`benchmarks/eighth.py`): scores by KVzip, one "
+                "threshold for the whole model, whole pages, 4 bits in a rotated basis."
             ),
         ),
     )
