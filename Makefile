@@ -12,7 +12,7 @@ HAS_SANITIZERS = (for name in asan ubsan; do test -e "$$($(CXX) -print-file-name
 RESULTS := benchmarks/results
 FIGURES := docs/figures
 
-.PHONY: demo test test-native slow lint model bench-speed peers peers-bench results results-rows clean
+.PHONY: demo test test-native test-vllm slow lint model bench-speed peers peers-bench results results-rows clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -28,6 +28,12 @@ test-native: $(SANITIZED)/.built
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
 		$(BIN)/python -m pytest --capture=sys tests/kernels tests/codec/test_rans.py -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
+
+# vLLM's CPU build in an environment of its own (over 2 GB), and in it what `import steno` needs beside
+test-vllm: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/peers/install.py vllm
+	.peers/vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gguf
+	$(BIN)/python -m pytest -m vllm tests/integrations
 
 slow: model
 	$(BIN)/python -m pytest -m slow

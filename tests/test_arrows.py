@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "steno"
 ORDER = [
     {"errors", "types", "version"}, {"calibration"}, {"kernels"}, {"cache"}, {"methods"}, {"recipe"}, {"pipeline"}, {"models"},
     {"codec"}, {"store"},
-    {"decode"}, {"prompt", "replay", "session"}, {"serve", "bench", "learn"}, {"cli"}, {"__main__"},
+    {"decode"}, {"prompt", "replay", "session"}, {"serve", "bench", "learn", "integrations"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 SAME_LINE = {("session", "prompt"), ("session", "replay"), ("types", "errors")}
