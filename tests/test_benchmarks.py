@@ -1,4 +1,4 @@
-"""The speed benchmarks: the report of their rows, the forms of SDPA they compare with, the batches they decode."""
+"""The benchmarks: the report of their rows, the forms of SDPA they compare with, the batches they decode, what they read once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import steno
 import tiny
+from steno.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 TEXT = "# By hand\n\n<!-- kernels -->\nold\n<!-- /kernels -->\n\nBetween.\n\n<!-- decode -->\n<!-- /decode -->\nEnd.\n"
@@ -183,3 +186,64 @@ def test_a_batch_beyond_the_free_memory_is_skipped(monkeypatch: pytest.MonkeyPat
     assert row["low_s"] <= row["median_s"] <= row["high_s"]
     with pytest.raises(decode.Skipped, match="GB of memory"):
         decode.measure(lm, "full", single, ids, 2, request)
+
+
+@pytest.mark.parametrize("recipe", ["full", "int4", "kvzip | adakv | int8 @ 60%", "shorthand @ 50%"])
+def test_what_was_read_once_is_compressed_as_if_read_for_the_recipe(tmp_path: Path, recipe: str) -> None:
+    eighth = script("eighth")
+    lm = steno.load(tiny.save_with_bytes(tmp_path / "llama", "llama"), dtype="fp32")
+    document = "The key is under the third stone, says the note. " * 6
+    read = eighth.Read.of(lm, document)
+    for _ in range(2):  # what was read is not used up
+        mine, plain = read.under(recipe), lm.read(document, recipe)
+        assert str(mine.cache.recipe) == recipe
+        assert mine.cache.kv_bytes == plain.cache.kv_bytes
+        assert mine.cache.kv_bytes_full == plain.cache.kv_bytes_full
+        assert mine.cache.held_tokens() == plain.cache.held_tokens()
+        ids = lm.tokenize(" And so on, and so forth.")
+        assert torch.equal(eighth.forced(mine, ids), eighth.forced(plain, ids))
+
+
+def test_only_what_is_seen_can_be_compared(tmp_path: Path) -> None:
+    eighth = script("eighth")
+    lm = steno.load(tiny.save_with_bytes(tmp_path / "llama", "llama"), dtype="fp32")
+    read = eighth.Read.of(lm, "The key is under the third stone.")
+    with pytest.raises(RecipeError, match="sees more than keys, values and the replay"):
+        read.under("snapkv @ 20")
+
+
+def test_rows_of_texts_become_one_line() -> None:
+    eighth = script("eighth")
+    rows = [
+        {"recipe": r, "kind": k, "seed": 0, "index": i, "kv_bytes": held, "kv_bytes_full": 100}
+        | ({"right": right[i]} if k == "number" else {"kl": 0.01 * i if held < 100 else 0.0, "agreed": 1.0})
+        for r, held, right in (("full", 100, [True] * 4), ("int4", 30, [True, True, False, True]))
+        for k in ("number", "text")
+        for i in range(4)
+    ]
+    line = eighth.summary("int4", rows)
+    assert "30.00% of the bytes" in line
+    assert "3 of 4 found" in line
+    assert "full 4 (difference -0.250" in line
+    assert "KL 0.0150" in line
+    assert "largest of 4 texts 0.0300" in line
+
+
+def test_measuring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eighth = script("eighth")
+    lm = steno.load(tiny.save_with_bytes(tmp_path / "llama", "llama"), dtype="fp32")
+    asked: list[int] = []
+
+    def one(lm: steno.LanguageModel, index: int, count: int, seed: int) -> tuple[Any, Any]:
+        asked.append(index)
+        return eighth.Read.of(lm, "The key is under the third stone. " * 9), lambda context: {"right": index > 0}
+
+    monkeypatch.setitem(eighth.KINDS, "number", one)
+    path = tmp_path / "rows.jsonl"
+    first = eighth.measure_all(lm, "number", 2, 0, ["full", "int4"], path)
+    assert asked == [0, 1]
+    assert [row["right"] for row in first] == [False, False, True, True]
+    assert eighth.measure_all(lm, "number", 2, 0, ["full", "int4"], path) == first
+    assert len(eighth.measure_all(lm, "number", 2, 0, ["full", "int8"], path)) == 4
+    assert asked == [0, 1, 0, 1]
+    assert len(path.read_text("utf-8").splitlines()) == 6
