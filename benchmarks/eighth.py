@@ -32,6 +32,7 @@ from steno.bench.stats import bootstrap, difference_interval, mean_interval
 from steno.bench.tasks.perplexity import Perplexity
 from steno.bench.tasks.task import Draw, Room
 from steno.cache.layer import LayerCache
+from steno.codec.identity import HowRead
 from steno.errors import RecipeError
 from steno.models.kvcache import KVCache
 from steno.recipe import as_recipe
@@ -79,7 +80,7 @@ class Read:
             layer.seen, layer.row_seen, layer.token_bytes = read.seen, list(read.row_seen), read.token_bytes
             layer.is_initialized = True
         cache.compress(self.masses)
-        return Context(self.lm, cache, self.tokens, prefill_s=0.0, compress_s=0.0, note="")
+        return Context(self.lm, cache, self.tokens, how=HowRead())
 
 
 def number(lm: LanguageModel, index: int, count: int, seed: int) -> tuple[Read, Callable[[Context], Row]]:

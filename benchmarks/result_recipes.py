@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from steno.bench.peers import PROJECTS
 from steno.errors import RecipeError
-from steno.methods import METHODS, NAMED, whole_paper
+from steno.methods import COMPOSITIONS, METHODS, NAMED, whole_paper
 from steno.models.learned import SHIPPED
 from steno.recipe import parse_recipe
 from steno.types import Need
@@ -44,6 +44,7 @@ FORMS = {
     "evict": (),  # the default
     "all": (),  # the default
     "adakv": ("kvzip | adakv @ {budget}", "snapkv | adakv @ {budget}"),
+    "one_threshold": ("kvzip | one_threshold @ {budget}", "snapkv | one_threshold @ {budget}"),
     "kivi": ("kivi(bits=4)", "kivi(bits=2)", "kvzip | adakv | kivi(bits=4) @ {budget}"),
 }
 """Methods whose form is another one, or several, or none."""
@@ -88,6 +89,8 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
     for name in NAMED:
         if not any(Need.IMAGE_MASK in stage.needs for stage in whole_paper(METHODS[name]())):
             found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
+    for name in COMPOSITIONS:
+        found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
     return found + list(_peers()), left_out
 
 

@@ -42,6 +42,7 @@ def found(recipe: str, num_tokens: int, count: int, indices: list[int]) -> int:
 def test_a_short_text_from_packed_memory() -> None:
     assert found("full", 500, 5, [1, 3]) == 2
     assert found("kvzip | adakv | kivi(bits=4) @ 50%", 500, 5, [1, 3]) == 2
+    assert found("shorthand @ 43%", 500, 5, [1, 3]) == 2
 
 
 @pytest.mark.slow
@@ -51,3 +52,4 @@ def test_twenty_needles_in_2000_tokens() -> None:
     assert full >= 17
     assert found("kvzip | adakv @ 50%", 2000, 20, everything) >= full - 1
     assert found("kivi(bits=4)", 2000, 20, everything) >= full - 1
+    assert found("shorthand @ 43%", 2000, 20, everything) >= full - 1
