@@ -1,7 +1,7 @@
 """What `make results-rows` measures: recipes for every method of the tables, the peers' methods, tasks and lengths.
 
 A method that is new in the tables comes in by itself, in the form of its kind; one that needs another form stands in `FORMS`.
-A paper of several stages is measured as a whole, beside the stage that bears its name.
+A paper of several stages is measured as a whole, beside the stage that bears its name, and so is a recipe of our own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from steno.bench.peers import PROJECTS
 from steno.errors import RecipeError
-from steno.methods import METHODS, NAMED, whole_paper
+from steno.methods import COMPOSITIONS, METHODS, NAMED, whole_paper
 from steno.models.learned import SHIPPED
 from steno.recipe import parse_recipe
 from steno.types import Need
@@ -51,7 +51,7 @@ WHOLE_PAPER = "{id} @ {budget}"
 
 
 RECIPE = "recipe"
-"""What kind a paper of several stages is of, in lists of methods."""
+"""What kind a paper of several stages, or a recipe of our own, is of in lists of methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,8 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
                 found += _at_budgets(form, (method.kind, name))
             except RecipeError as error:
                 left_out[name] = f"`{form}` is no recipe: {error}"
+    for name in COMPOSITIONS:
+        found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
     for name in NAMED:
         if not any(Need.IMAGE_MASK in stage.needs for stage in whole_paper(METHODS[name]())):
             found += _at_budgets(WHOLE_PAPER, (RECIPE, name))

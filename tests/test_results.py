@@ -13,7 +13,7 @@ import pytest
 from bench.example_rows import example_row
 from steno.bench.peers import PeerMethod
 from steno.bench.rows import Row, append_row
-from steno.methods import METHODS, NAMED, describe_methods
+from steno.methods import COMPOSITIONS, METHODS, NAMED, describe_methods
 from steno.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_what_is_no_recipe_is_left_out_with_the_reason(monkeypatch: pytest.Monke
 def test_papers_of_several_stages_and_shipped_weights_are_measured() -> None:
     known, left_out = recipes.entries()
     shown = {entry.shows for entry in known if entry.shows is not None}
-    assert {name for kind, name in shown if kind == recipes.RECIPE} == set(NAMED) - {"look_m"}
+    assert {name for kind, name in shown if kind == recipes.RECIPE} == {*NAMED, *COMPOSITIONS} - {"look_m"}
     assert {"locret", "trim_kv", "prefixkv", "hylra"} <= {name for _, name in shown}
     assert left_out.keys() == {"videollm_mod", "text_prior", "vidkv_stp"}
     whole = [entry for entry in known if entry.shows == (recipes.RECIPE, "ems")]
