@@ -19,7 +19,7 @@ from steno.kernels import rans
 RAW = 255
 """In place of a table: these symbols are stored as they are."""
 
-MIN_GAIN = 0.02
+MIN_GAIN = 0.005
 """Share of its raw bytes that coding must save."""
 
 TABLE_COUNTS = (1, 4, 16, 64)
