@@ -21,11 +21,20 @@ constexpr uint32_t kSlots = 1u << kScaleBits;
 constexpr uint32_t kLowest = 1u << 16;  // a state is at least this between two symbols
 constexpr int kSymbols = 256;
 
-// How one symbol is encoded; no symbol has a frequency of 0 where it occurs.
-struct EncodeEntry {
-    uint64_t reciprocal;  // ceil(2^44 / frequency): exact for every state that is divided
-    uint32_t frequency;
-    uint32_t start;
+// How each symbol of a table is encoded; no symbol has a frequency of 0 where it occurs.
+struct EncodeTable {
+    uint64_t reciprocal[kSymbols];  // ceil(2^44 / frequency): exact for every state that is divided
+    uint32_t entry[kSymbols];       // the frequency, and above 16 bits where it starts
+
+    void load(const uint16_t *frequencies) {
+        uint32_t start = 0;
+        for (int s = 0; s < kSymbols; s++) {
+            const uint32_t frequency = frequencies[s];
+            reciprocal[s] = frequency ? ((uint64_t{1} << 44) + frequency - 1) / frequency : 0;
+            entry[s] = frequency | start << 16;
+            start += frequency;
+        }
+    }
 };
 
 struct Reader {
@@ -142,12 +151,17 @@ __attribute__((target("avx2"))) int64_t decode_avx2(uint32_t *states, const uint
 
 #endif
 
+#if defined(__x86_64__)
+bool has_avx512(int32_t isa) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && (isa < 0 || isa > 1);
+}
+#endif
+
 DecodeRun decoder(int32_t isa) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (isa < 0 || isa > 1)) return decode_avx512;
+    if (has_avx512(isa)) return decode_avx512;
     if (__builtin_cpu_supports("avx2") && isa) return decode_avx2;
 #endif
     (void)isa;
@@ -161,6 +175,79 @@ inline void push(uint8_t *&next, uint32_t word, bool counts) {
     next -= counts ? 2 : 0;
 }
 
+// The symbols `first` .. `last` of a run, from the last to the first; false if one of them has no frequency.
+bool encode_steps(uint32_t *states, const EncodeTable &table, const uint8_t *run, int64_t first, int64_t last,
+                  uint8_t *&next) {
+    for (int64_t i = last; i-- > first;) {
+        const uint32_t frequency = table.entry[run[i]] & 0xffff, start = table.entry[run[i]] >> 16;
+        uint32_t &state = states[i % kStates];
+        if (!frequency) return false;
+        // without a branch, which nothing could predict: the word is written, and counts or not
+        const bool is_full = state >= uint64_t{frequency} << 20;
+        push(next, state, is_full);
+        state >>= is_full ? 16 : 0;
+        const uint32_t quotient = static_cast<uint32_t>(state * table.reciprocal[run[i]] >> 44);
+        state = (quotient << kScaleBits) + (state - quotient * frequency) + start;
+    }
+    return true;
+}
+
+// Whole steps of 32 symbols, `count` a multiple of it, from the last to the first; false if a symbol has no frequency.
+using EncodeRun = bool (*)(uint32_t *states, const EncodeTable &table, const uint8_t *run, int64_t count, uint8_t *&next);
+
+bool encode_portable(uint32_t *states, const EncodeTable &table, const uint8_t *run, int64_t count, uint8_t *&next) {
+    return encode_steps(states, table, run, 0, count, next);
+}
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) bool encode_avx512(
+    uint32_t *states, const EncodeTable &table, const uint8_t *run, int64_t count, uint8_t *&next) {
+    const __m512i low16 = _mm512_set1_epi32(0xffff), largest = _mm512_set1_epi32(kSlots);
+    __m512i x[2] = {_mm512_loadu_si512(states), _mm512_loadu_si512(states + 16)};
+    __mmask16 missing = 0;
+    for (int64_t done = count; done > 0; done -= kStates)
+        for (int half = 1; half >= 0; half--) {
+            const uint8_t *symbols = run + done - kStates + 16 * half;
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(symbols)));
+            const __m512i entry = _mm512_i32gather_epi32(index, table.entry, 4);
+            const __m512i frequency = _mm512_and_si512(entry, low16), start = _mm512_srli_epi32(entry, 16);
+            missing |= _mm512_testn_epi32_mask(frequency, frequency);
+            // frequency << 20 of 4096 is beyond 32 bits, and no state is so large
+            const __mmask16 full = _mm512_cmpneq_epu32_mask(frequency, largest) &
+                                   _mm512_cmpge_epu32_mask(x[half], _mm512_slli_epi32(frequency, 20));
+            const int words = __builtin_popcount(full);
+            const __m256i packed = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x[half]));
+            next -= 2 * words;
+            _mm256_mask_storeu_epi16(next, static_cast<__mmask16>((1u << words) - 1), packed);
+            const __m512i state = _mm512_mask_srli_epi32(x[half], full, x[half], 16);
+            const __m256i parts[2] = {_mm512_castsi512_si256(state), _mm512_extracti64x4_epi64(state, 1)};
+            const __m256i places[2] = {_mm512_castsi512_si256(index), _mm512_extracti64x4_epi64(index, 1)};
+            __m256i quotients[2];
+            for (int i = 0; i < 2; i++) {
+                const __m512i reciprocal = _mm512_i32gather_epi64(places[i], table.reciprocal, 8);
+                const __m512i product = _mm512_mullo_epi64(_mm512_cvtepu32_epi64(parts[i]), reciprocal);
+                quotients[i] = _mm512_cvtepi64_epi32(_mm512_srli_epi64(product, 44));
+            }
+            const __m512i quotient = _mm512_inserti64x4(_mm512_castsi256_si512(quotients[0]), quotients[1], 1);
+            const __m512i rest = _mm512_sub_epi32(state, _mm512_mullo_epi32(quotient, frequency));
+            x[half] = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(quotient, kScaleBits), rest), start);
+        }
+    _mm512_storeu_si512(states, x[0]);
+    _mm512_storeu_si512(states + 16, x[1]);
+    return !missing;
+}
+
+#endif
+
+EncodeRun encoder(int32_t isa) {
+#if defined(__x86_64__)
+    if (has_avx512(isa)) return encode_avx512;
+#endif
+    (void)isa;
+    return encode_portable;
+}
+
 }  // namespace
 
 #define EXPORT __attribute__((visibility("default")))
@@ -168,45 +255,56 @@ inline void push(uint8_t *&next, uint32_t word, bool counts) {
 extern "C" {
 
 // Encodes the runs of `symbols` one after another, run r by frequencies[tables[r]], 256 that add up to 4096. `out` has
-// room for `capacity` bytes, of which the stream takes the last ones; 2 for each symbol, 130 more. The bytes of the
+// room for `capacity` bytes, of which the stream takes the last ones; 2 for each symbol, 192 more. The bytes of the
 // stream; -1: there is no room, -2: a symbol has no frequency.
 EXPORT int64_t steno_rans_encode(const uint8_t *symbols, const int64_t *run_lengths, const int32_t *tables,
-                                 int64_t num_runs, const uint16_t *frequencies, uint8_t *out, int64_t capacity) {
+                                 int64_t num_runs, const uint16_t *frequencies, uint8_t *out, int64_t capacity,
+                                 int32_t isa) {
+    const EncodeRun encode = encoder(isa);
     uint32_t states[kStates];
     for (uint32_t &state : states) state = kLowest;
     const uint8_t *run = symbols;
     for (int64_t r = 0; r < num_runs; r++) run += run_lengths[r];
-    if (capacity < 2 * (run - symbols) + 4 * kStates + 2) return -1;  // a symbol writes a word at most
+    if (capacity < 2 * (run - symbols) + 4 * kStates + 64) return -1;  // a symbol writes a word at most
     uint8_t *next = out + capacity;
-    EncodeEntry entries[kSymbols];
+    EncodeTable table;
     int32_t loaded = -1;
     for (int64_t r = num_runs; r-- > 0;) {
         run -= run_lengths[r];
         if (tables[r] != loaded) {
             loaded = tables[r];
-            uint32_t start = 0;
-            for (int s = 0; s < kSymbols; s++) {
-                const uint32_t frequency = frequencies[static_cast<int64_t>(loaded) * kSymbols + s];
-                const uint64_t reciprocal = frequency ? ((uint64_t{1} << 44) + frequency - 1) / frequency : 0;
-                entries[s] = {reciprocal, frequency, start};
-                start += frequency;
-            }
+            table.load(frequencies + static_cast<int64_t>(loaded) * kSymbols);
         }
-        for (int64_t i = run_lengths[r]; i-- > 0;) {
-            const EncodeEntry &entry = entries[run[i]];
-            uint32_t &state = states[i % kStates];
-            if (!entry.frequency) return -2;
-            // without a branch, which nothing could predict: the word is written, and counts or not
-            const bool is_full = state >= uint64_t{entry.frequency} << 20;
-            push(next, state, is_full);
-            state >>= is_full ? 16 : 0;
-            const uint32_t quotient = static_cast<uint32_t>(state * entry.reciprocal >> 44);
-            state = (quotient << kScaleBits) + (state - quotient * entry.frequency) + entry.start;
-        }
+        const int64_t whole = run_lengths[r] / kStates * kStates;
+        if (!encode_steps(states, table, run, whole, run_lengths[r], next)) return -2;
+        if (!encode(states, table, run, whole, next)) return -2;
     }
     next -= 4 * kStates;
     std::memcpy(next, states, 4 * kStates);
     return out + capacity - next;
+}
+
+// Counts each of 256 symbols in each of `num_rows` rows of `length` symbols: adds to counts[row * 256 + symbol].
+EXPORT void steno_rans_histograms(const uint8_t *symbols, int64_t num_rows, int64_t length, int64_t *counts) {
+    for (int64_t r = 0; r < num_rows; r++, symbols += length, counts += kSymbols) {
+        // four at a time, as equal neighbours would wait for each other's count
+        uint32_t partial[4][kSymbols] = {};
+        int64_t i = 0;
+        for (; i + 4 <= length; i += 4)
+            for (int k = 0; k < 4; k++) partial[k][symbols[i + k]]++;
+        for (; i < length; i++) partial[0][symbols[i]]++;
+        for (int s = 0; s < kSymbols; s++)
+            counts[s] += int64_t{partial[0][s]} + partial[1][s] + partial[2][s] + partial[3][s];
+    }
+}
+
+// Fills `tables`, rows of 4096 entries, of `num_tables` rows of 256 frequencies that add up to 4096.
+EXPORT void steno_rans_tables(const uint16_t *frequencies, int64_t num_tables, uint32_t *tables) {
+    for (int64_t t = 0; t < num_tables; t++)
+        for (uint32_t symbol = 0; symbol < kSymbols; symbol++) {
+            const uint32_t frequency = *frequencies++;
+            for (uint32_t slot = 0; slot < frequency; slot++) *tables++ = symbol | (frequency - 1) << 8 | slot << 20;
+        }
 }
 
 // Decodes what steno_rans_encode made into `out`, as many symbols as the runs have. decode_tables: rows of 4096 entries.
