@@ -16,6 +16,8 @@ from steno.codec.arrays import CHUNK_TOKENS
 from steno.codec.cache import read_tokens, restore_cache, save_cache
 from steno.codec.container import SavedFile
 from steno.codec.identity import HowRead, about_model, check_model, how_read, recipe_of
+from steno.codec.lossy import Plan
+from steno.codec.quality import LOSSLESS, LayerWeights, check_quality
 from steno.decode.loop import Step, decode_steps
 from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
 from steno.decode.text import sentence_ends, with_text
@@ -192,8 +194,11 @@ class LanguageModel:
         how = self.how(parsed, num_prefix_tokens, chunk_tokens)
         return self._read(list(tokens), how, parsed, progress, has_question=False)
 
-    def open(self, path: str | Path, *, recompute: bool = True) -> Context:
-        """A context that `Context.save` wrote, as it was: it answers token by token what the saved one would have.
+    def open(self, path: str | Path, *, refinements: int | None = None, recompute: bool = True) -> Context:
+        """A context that `Context.save` wrote. Without loss it answers token by token what the saved one would have.
+
+        refinements: of a file that has some, how many are read; None: all. 0 opens the coarse layer alone, for which it is
+        enough that the file is there up to its end.
 
         recompute: where keys and values are cut or changed, read the tokens again, as they were read then, with a notice.
 
@@ -210,7 +215,7 @@ class LanguageModel:
         tokens = read_tokens(file)
         self.check_length(len(tokens), 0)
         try:
-            return self._restored(file, tokens)
+            return self._restored(file, tokens, refinements=refinements)
         except DamagedChunk as error:
             if not recompute:
                 raise
@@ -218,9 +223,21 @@ class LanguageModel:
             how, has_question = how_read(file, len(tokens)), file.header.get("has_question") is True
             return self._read(tokens, how, recipe_of(file), None, has_question=has_question)
 
-    def _restored(self, file: SavedFile, tokens: list[int], *, stored_tokens: int = 0) -> Context:
-        cache = KVCache(self.model.config, recipe_of(file))
-        restore_cache(file, cache, num_tokens=len(tokens), device=self.model.device, dtype=self.model.dtype)
+    def _restored(
+        self, file: SavedFile, tokens: list[int], *, stored_tokens: int = 0, refinements: int | None = None
+    ) -> Context:
+        recipe = recipe_of(file)
+        ends = self.sentence_ends if Need.TOKEN_TEXT in recipe.needs else None
+        cache = KVCache(self.model.config, recipe, model_hash=self.loaded.model_hash, sentence_ends=ends)
+        cache.announce([tokens])
+        restore_cache(
+            file,
+            cache,
+            num_tokens=len(tokens),
+            device=self.model.device,
+            dtype=self.model.dtype,
+            refinements=refinements,
+        )
         how, has_question = how_read(file, len(tokens)), file.header.get("has_question") is True
         return Context(self, cache, tokens, how=how, has_question=has_question, stored_tokens=stored_tokens)
 
@@ -391,18 +408,27 @@ class Context:
             stored_tokens=self.stored_tokens,
         )
 
-    def save(self, path: str | Path) -> int:
-        """Writes the context to a file that `LanguageModel.open` reads, losslessly; the bytes of the file.
+    def save(self, path: str | Path, quality: str = LOSSLESS, *, refinements: int = 0) -> int:
+        """Writes the context to a file that `LanguageModel.open` reads; the bytes of the file.
 
+        quality: `lossless`, or a level from `q1`, the smallest file, to `q5`. At a level the file holds what the context holds
+        in another form, and opens as a dense cache. refinements: in so many layers beside a coarse one, which can answer
+        before the others are there; each makes it three times finer.
         The file appears whole or not at all, and only its owner can read it: it has the tokens of the document in it.
-        Raises CacheError if it holds what a file cannot hold yet, BadArgument if the file cannot be written.
+        Raises CacheError if it holds what a file cannot hold yet, BadArgument if there is no such level or the file cannot be
+        written.
         """
-        return save_cache(Path(path).expanduser(), self.cache, self.tokens, self.about())
+        check_quality(quality, refinements)
+        plan = None
+        if quality != LOSSLESS:
+            weights = LayerWeights.of(self.lm.loaded.model_hash)
+            plan = Plan(quality=quality, refinements=refinements, weights=weights)
+        return save_cache(Path(path).expanduser(), self.cache, self.tokens, self.about(quality), plan)
 
-    def about(self) -> dict[str, Any]:
+    def about(self, quality: str = LOSSLESS) -> dict[str, Any]:
         """What the header of a file says of the context."""
         read = {"has_question": self.has_question, "read": asdict(self.how)}
-        return about_model(self.lm.loaded) | {"level": "lossless"} | read
+        return about_model(self.lm.loaded) | {"level": quality} | read
 
     def ask(
         self,

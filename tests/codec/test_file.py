@@ -24,6 +24,7 @@ DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 9
 RECIPES = [
     "full", "int8", "int4", "kivi(bits=2)", "snapkv(window=16) @ 40%",
     "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "kvzip | adakv @ 40%",
+    "fp8", "nvfp4", "q4_0", "int4 | quest", "int4 | double_sparsity", "int4 | sentencekv",
 ]  # fmt: skip
 
 
@@ -81,7 +82,11 @@ def test_a_question_that_was_read_is_answered(lm: Any, tmp_path: Path) -> None:
 
 
 def test_what_a_file_cannot_hold_is_refused_before_a_byte_is_written(lm: Any, tmp_path: Path) -> None:
-    for recipe, words in [("tova @ 100", "evicts at every step"), ("hadamard | int4", "another basis")]:
+    for recipe, words in [
+        ("tova @ 100", "evicts at every step"),
+        ("hadamard | int4", "another basis"),
+        ("minicache", "yet"),
+    ]:
         with pytest.raises(CacheError, match=words):
             lm.read(DOCUMENT, recipe).save(tmp_path / "a.steno")
     assert not list(tmp_path.iterdir())

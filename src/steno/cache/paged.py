@@ -11,7 +11,7 @@ from steno.cache.access import AccessStep, Layout, SegmentIndex, Shared, index_i
 from steno.cache.groups import SpanGroup, nothing
 from steno.cache.offload import offloaded
 from steno.cache.policy import Selector
-from steno.cache.row import Row, unpack_kept
+from steno.cache.row import Row, positions_of, unpack_kept
 from steno.cache.segment import HeadKV, Segment
 from steno.cache.tail import Tail
 from steno.cache.tokens import NewTokens
@@ -235,11 +235,7 @@ class PagedRows:
 
     def positions(self, b: int, seen: int) -> list[Tensor]:
         """True positions of the held tokens of each head of a row that has seen `seen` tokens."""
-        row = self.rows[b]
-        if row.kept is None:
-            return [torch.arange(seen)] * self.num_kv_heads
-        after = torch.arange(row.prompt_tokens, seen)
-        return [torch.cat([index, after]) for index in unpack_kept(row.kept)]
+        return positions_of(self.rows[b], seen, self.num_kv_heads)
 
     # what a step reads
 

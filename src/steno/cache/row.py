@@ -59,3 +59,11 @@ class Row:
         for segment in self.segments:
             totals = [a + b for a, b in zip(totals, segment.lengths, strict=True)]
         return totals
+
+
+def positions_of(row: Row, seen: int, num_kv_heads: int) -> list[Tensor]:
+    """True positions of what each head of a row holds that has seen `seen` tokens, the tail among it."""
+    if row.kept is None:
+        return [torch.arange(seen)] * num_kv_heads
+    after = torch.arange(row.prompt_tokens, seen)
+    return [torch.cat([index, after]) for index in unpack_kept(row.kept)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from steno.codec.container import SavedFile
 from steno.codec.identity import recipe_of
+from steno.errors import DamagedFile
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -26,6 +27,14 @@ def describe(name: str) -> dict[str, Any]:
         "level": header.get("level"),
         "has_question": header.get("has_question"),
         "prompt_tokens": file.specs[0].num_rows if file.specs else 0,
-        "layers": len(file.groups) - 1,
+        "layers": num_layers(header),
         "chunks": len(header["chunks"]),
     }
+
+
+def num_layers(header: dict[str, Any]) -> int:
+    """Layers that the header of a file tells of; raises DamagedFile if it does not."""
+    try:
+        return len(header["cache"]["layers"])
+    except (KeyError, TypeError):
+        raise DamagedFile("the header of a saved context must say what its layers hold.") from None

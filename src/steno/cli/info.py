@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         [
             ("model", f"{model.get('name')} ({model.get('hash')})"),
             ("recipe", found["recipe"]),
+            ("quality", str(found["level"])),
             ("dtype", str(found["dtype"])),
             ("prompt tokens", f"{found['prompt_tokens']:,}"),
             ("layers", str(found["layers"])),

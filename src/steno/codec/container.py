@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from steno.codec.arrays import ArrayDecoder, ArrayEncoder, ArraySpec
+from steno.codec.arrays import ArrayDecoder, ArrayEncoder, ArraySpec, Choice
 from steno.codec.planes import DTYPES, dtype_name, num_planes
 from steno.codec.tables import RAW, Tables
 from steno.codec.whole import write_whole
@@ -63,8 +63,9 @@ class FileWriter:
         offsets: Sequence[int] | None = None,
         row_tokens: int = 0,
         context_columns: int = 1,
+        choose: Choice = Tables.choose,
     ) -> int:
-        """Takes a matrix `[N, C]`; arguments as in `ArraySpec`. Its number in the file."""
+        """Takes a matrix `[N, C]`; arguments as in `ArraySpec` and `ArrayEncoder`. Its number in the file."""
         spec = ArraySpec(
             dtype=dtype_name(x),
             columns=x.shape[1],
@@ -72,7 +73,7 @@ class FileWriter:
             row_tokens=row_tokens,
             context_columns=context_columns,
         )
-        self._arrays.append((group, ArrayEncoder(x, spec)))
+        self._arrays.append((group, ArrayEncoder(x, spec, choose)))
         return len(self._arrays) - 1
 
     def write(self, path: Path, about: Mapping[str, Any]) -> int:
@@ -218,6 +219,11 @@ class SavedFile:
     @property
     def groups(self) -> list[int]:
         return sorted(self._groups)
+
+    def bytes_until(self, group: int) -> int:
+        """Bytes of the file to the end of the last chunk of the groups 0 .. group."""
+        ends = [offset + length for g, found in self._chunks.items() if g <= group for offset, length, _ in found]
+        return self._start + max([self.header["tables"][0] + self.header["tables"][1], *ends])
 
     def read_group(self, group: int) -> dict[int, Tensor]:
         """The matrices of a group by their numbers; raises `DamagedChunk` if a chunk of it was cut or changed."""

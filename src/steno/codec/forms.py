@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from steno.cache.segment import DenseSegment, PagedSegment, Segment
 from steno.errors import BadArgument, CacheError, DamagedFile
 from steno.kernels.quant import Pages, page_bytes
+from steno.kernels.quant.codebooks import CODEBOOKS
 from steno.kernels.quant.packing import code_bytes
 from steno.types import PAGE_TOKENS, PageFormat
 
@@ -60,17 +62,15 @@ def _store_dense(segment: DenseSegment) -> Stored:
 def _build_dense(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Segment:
     offsets = _offsets(fields["offsets"], num_heads)
     keys, values = tensors["keys"], tensors["values"]
-    _expect(keys, (offsets[-1], head_dim))
-    _expect(values, (offsets[-1], head_dim))
+    expect(keys, (offsets[-1], head_dim))
+    expect(values, (offsets[-1], head_dim))
     if keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"a dense segment holds floats of one kind, not {keys.dtype} and {values.dtype}")
     return DenseSegment(keys=keys, values=values, offsets=offsets, counts=_counts(tensors, offsets[-1]))
 
 
 def _store_pages(segment: PagedSegment) -> Stored:
-    pages, offsets = segment.pages, segment.offsets
-    if pages.fmt.codebook is not None:
-        raise CacheError(f"a file cannot hold pages of {pages.fmt.codebook} levels yet; save with another recipe.")
+    pages, offsets, fmt = segment.pages, segment.offsets, segment.pages.fmt
     matrices = {
         name: Matrix(rows=x, offsets=offsets, row_tokens=PAGE_TOKENS, context_columns=x.shape[1])
         for name, x in (("key_codes", pages.key_codes), ("value_codes", pages.value_codes))
@@ -82,34 +82,61 @@ def _store_pages(segment: PagedSegment) -> Stored:
         matrices["log_counts"] = Matrix(
             rows=counts, offsets=offsets, row_tokens=PAGE_TOKENS, context_columns=PAGE_TOKENS
         )
-    fmt = pages.fmt
     fields = {"bits": fmt.bits, "key_group": fmt.key_group, "value_group": fmt.value_group, "offsets": list(offsets)}
+    if fmt.codebook is not None:
+        book = CODEBOOKS[fmt.codebook]
+        fields |= {"codebook": fmt.codebook, "levels": list(book.levels), "byte_scales": book.byte_scales}
     return Stored(fields=fields, matrices=matrices)
 
 
 def _build_pages(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Segment:
     offsets = _offsets(fields["offsets"], num_heads)
     bits, key_group, value_group = (_int(fields[name]) for name in ("bits", "key_group", "value_group"))
-    fmt = PageFormat(bits=bits, key_group=key_group, value_group=value_group)
+    fmt = PageFormat(bits=bits, key_group=key_group, value_group=value_group, codebook=_codebook(fields))
     num_pages, of_page = offsets[-1], page_bytes(fmt, head_dim)
-    key_groups, value_groups = PAGE_TOKENS // fmt.key_group, -(-head_dim // fmt.value_group)
     codes = [tensors["key_codes"], tensors["value_codes"]]
     params = [tensors["key_params"], tensors["value_params"]]
-    shapes = [(num_pages, 2, key_groups, head_dim), (num_pages, 2, value_groups, PAGE_TOKENS)]
-    for x, shape in zip(params, shapes, strict=True):
-        _expect(x, (num_pages, shape[1] * shape[2] * shape[3]), torch.float16)
+    for i, (shape, dtype) in enumerate(_param_shapes(fmt, head_dim)):
+        params[i] = expect(params[i], (num_pages, prod(shape)), dtype).reshape(num_pages, *shape)
     for x, (rows, columns) in zip(codes, ((head_dim, PAGE_TOKENS), (PAGE_TOKENS, head_dim)), strict=True):
-        _expect(x, (num_pages, code_bytes(rows, columns, fmt.bits)), torch.uint8)
+        expect(x, (num_pages, code_bytes(rows, columns, fmt.bits)), torch.uint8)
     assert num_pages * of_page == sum(x.numel() * x.element_size() for x in codes + params), "formats agree on bytes"
     pages = Pages(
         fmt=fmt,
         head_dim=head_dim,
         key_codes=codes[0],
         value_codes=codes[1],
-        key_params=params[0].reshape(shapes[0]),
-        value_params=params[1].reshape(shapes[1]),
+        key_params=params[0],
+        value_params=params[1],
     )
     return PagedSegment(pages=pages, offsets=offsets, counts=_counts(tensors, num_pages, PAGE_TOKENS))
+
+
+def _codebook(fields: Mapping[str, Any]) -> str | None:
+    """The codebook of pages; its levels stand in the file for other readers, and must be those that we know."""
+    name = fields.get("codebook")
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in CODEBOOKS:
+        raise ValueError(f"this steno knows no codebook {name!r}"[:200])
+    book = CODEBOOKS[name]
+    found = torch.tensor(fields["levels"], dtype=torch.float64)
+    same = found.shape == (len(book.levels),) and torch.allclose(found, torch.tensor(book.levels).double(), atol=1e-6)
+    if not same or fields["byte_scales"] is not book.byte_scales:
+        raise ValueError(f"the file has other levels of {name} than this steno")
+    return name
+
+
+def _param_shapes(fmt: PageFormat, head_dim: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of the params of the keys and of the values of a page."""
+    if fmt.codebook is None:
+        value_groups = -(-head_dim // fmt.value_group)
+        shapes = [(2, PAGE_TOKENS // fmt.key_group, head_dim), (2, value_groups, PAGE_TOKENS)]
+        return [(shape, torch.float16) for shape in shapes]
+    groups = [-(-head_dim // group) for group in (fmt.key_group, fmt.value_group)]
+    if CODEBOOKS[fmt.codebook].byte_scales:
+        return [((4 + n * PAGE_TOKENS,), torch.uint8) for n in groups]
+    return [((n, PAGE_TOKENS), torch.float16) for n in groups]
 
 
 FORMS: Mapping[type[Segment], tuple[str, Form]] = MappingProxyType({
@@ -153,13 +180,15 @@ def _offsets(value: Any, num_heads: int) -> tuple[int, ...]:
     return offsets
 
 
-def _expect(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+def expect(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """x itself; raises ValueError if it is another matrix."""
     if tuple(x.shape) != tuple(shape) or (dtype is not None and x.dtype != dtype):
         raise ValueError(f"a matrix must be {dtype or 'float'} {[*shape]}; got {x.dtype} {[*x.shape]}")
+    return x
 
 
 def _counts(tensors: Mapping[str, Tensor], num_rows: int, columns: int = 1) -> Tensor | None:
     if "log_counts" not in tensors:
         return None
-    _expect(tensors["log_counts"], (num_rows, columns), torch.float32)
+    expect(tensors["log_counts"], (num_rows, columns), torch.float32)
     return tensors["log_counts"].reshape(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -52,18 +51,10 @@ def about_model(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "steno": VERSION,
         "model": {"name": loaded.name, "hash": loaded.model_hash, "type": config.model_type, "weights": loaded.weights},
-        "tokenizer": tokenizer_hash(loaded.tokenizer),
+        "tokenizer": loaded.tokenizer_hash,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
     }
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """16 hexadecimal digits that identify the tokens of a vocabulary and their ids."""
-    digest = hashlib.sha256()
-    for token, idx in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{idx} {token}\n".encode(errors="surrogatepass"))
-    return digest.hexdigest()[:16]
 
 
 def check_model(file: SavedFile, loaded: LoadedModel) -> None:

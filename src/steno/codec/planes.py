@@ -50,6 +50,8 @@ def split_planes(x: Tensor) -> list[np.ndarray]:
     flat = x.detach().cpu().contiguous()
     bits = flat.view(_SIGNED[width]).numpy().view(_BITS[name])
     shifts = range(8 * (width - 1), -1, -8)
+    if width == 1:
+        return [bits]
     if name not in ("bfloat16", "float32"):
         return [(bits >> shift).astype(np.uint8) for shift in shifts]
     top = bits >> (8 * width - 16)
@@ -61,10 +63,12 @@ def join_planes(planes: Sequence[np.ndarray], dtype: str) -> Tensor:
     """The inverse of `split_planes`."""
     kind, width = _BITS[dtype], num_planes(dtype)
     planes = list(planes)
+    if width == 1:
+        return torch.from_numpy(np.ascontiguousarray(planes[0]))
     if dtype in ("bfloat16", "float32"):
         exponent, rest = planes[0], planes[1]
         planes[:2] = [rest & 0x80 | exponent >> 1, exponent << 7 | rest & 0x7F]
     bits = np.zeros(planes[0].shape, kind)
     for plane in planes:
-        bits = (bits << (8 if width > 1 else 0)) | plane
+        bits = bits << 8 | plane
     return torch.from_numpy(bits.astype(kind).view(_SIGNED_NUMPY[width])).view(DTYPES[dtype])

@@ -9,6 +9,7 @@ costs more than it saves on a short context; tables are measured on the context 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -22,7 +23,14 @@ RAW = 255
 MIN_GAIN = 0.005
 """Share of its raw bytes that coding must save."""
 
+MIN_SYMBOLS = 64
+"""Fewer are not worth a table."""
+
 TABLE_COUNTS = (1, 4, 16, 64)
+MAX_SPREAD_TABLES = 16
+SPREAD_SYMBOLS = 8192
+"""So many symbols are worth a table."""
+
 ROUNDS = 4
 TABLE_BITS = 8 * 32
 """Bits of a stored table beside 16 for each symbol in it: which symbols it has."""
@@ -36,7 +44,7 @@ class Tables:
     frequencies: np.ndarray
     of_context: np.ndarray
 
-    @property
+    @cached_property
     def order(self) -> np.ndarray:
         """Contexts in the order in which they are stored: by table, raw ones last."""
         return np.argsort(self.of_context, kind="stable")
@@ -46,8 +54,9 @@ class Tables:
         """The cheapest tables for counts `[R, 256]` of the symbols of each context. stream_bytes: what streams cost beside
         their symbols."""
         totals = counts.sum(1)
-        raw = cls(frequencies=np.zeros((0, rans.SYMBOLS), np.uint16), of_context=np.full(len(counts), RAW, np.uint8))
-        best, best_bits = raw, 8 * float(totals.sum()) * (1 - MIN_GAIN)
+        if totals.sum() < MIN_SYMBOLS:
+            return cls._raw(len(counts))
+        best, best_bits = cls._raw(len(counts)), 8 * float(totals.sum()) * (1 - MIN_GAIN)
         for num_tables in TABLE_COUNTS:
             if num_tables > len(counts) and num_tables > 1:
                 break
@@ -56,6 +65,29 @@ class Tables:
             if bits < best_bits:
                 best, best_bits = tables, bits
         return best
+
+    @classmethod
+    def by_spread(cls, counts: np.ndarray, *, stream_bytes: int) -> Tables:
+        """Like `choose`, for contexts that differ in how spread their symbols are and in little else: quicker, and as good.
+
+        Contexts in the order of their entropy share tables, as many of them each.
+        """
+        total = int(counts.sum())
+        if total < MIN_SYMBOLS:
+            return cls._raw(len(counts))
+        num_tables = max(1, min(MAX_SPREAD_TABLES, len(counts), total // SPREAD_SYMBOLS))
+        order, of_context = np.argsort(_entropies(counts), kind="stable"), np.empty(len(counts), np.int64)
+        of_context[order] = np.arange(len(counts)) * num_tables // len(counts)
+        starts = -(-np.arange(num_tables) * len(counts) // num_tables)
+        sums = np.add.reduceat(counts[order], starts, axis=0)
+        tables = cls(frequencies=rans.normalize(sums), of_context=of_context.astype(np.uint8))
+        bits = float((sums * (12 - np.log2(np.maximum(tables.frequencies, 1)))).sum())
+        is_raw = bits + 8 * (stream_bytes + len(tables.to_bytes())) > 8 * total * (1 - MIN_GAIN)
+        return cls._raw(len(counts)) if is_raw else tables
+
+    @classmethod
+    def _raw(cls, num_contexts: int) -> Tables:
+        return cls(frequencies=np.zeros((0, rans.SYMBOLS), np.uint16), of_context=np.full(num_contexts, RAW, np.uint8))
 
     @classmethod
     def _clustered(cls, counts: np.ndarray, num_tables: int) -> Tables:
@@ -114,3 +146,10 @@ class Tables:
 def _code_bits(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Bits of each context `[R, 256]` under each of `[K, 256]` sums: `[R, K]`."""
     return counts @ -np.log2(sums / sums.sum(1, keepdims=True)).T
+
+
+def _entropies(counts: np.ndarray) -> np.ndarray:
+    """Bits of a symbol of each context `[R, 256]` in a table of its own, `[R]`."""
+    used = counts[:, counts.any(0)]
+    totals = np.maximum(used.sum(1), 1)
+    return np.log2(totals) - (used * np.log2(np.maximum(used, 1))).sum(1) / totals

@@ -40,6 +40,7 @@ LEARNERS: dict[str, Learner] = {
             Learner(id, "calibrate", "steno.learn.moments", "moments of keys before rotation, and of values")
             for id in ("palu", "cskv", "rotatekv")
         ),
+        Learner("kvtc", "calibrate", "steno.learn.kvtc", "how fine each layer must be in a file of some quality"),
         Learner("razorattention", "calibrate", "steno.learn.razorattention", "which heads retrieve", reads_text=False),
         Learner("locret", "train", "steno.learn.locret", "retaining heads", steps=120),
         Learner("trim_kv", "train", "steno.learn.trim_kv", "retention gates", steps=120),

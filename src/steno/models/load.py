@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import final
@@ -64,6 +66,14 @@ class LoadedModel:
     """See `model_hash`: of the checkpoint, whatever `weights` made of it."""
     weights: str | None = None
     """Format of the linear layers; None: as the model computes."""
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """16 hexadecimal digits that identify the tokens of the vocabulary and their ids."""
+        digest = hashlib.sha256()
+        for token, idx in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+            digest.update(f"{idx} {token}\n".encode(errors="surrogatepass"))
+        return digest.hexdigest()[:16]
 
 
 def load_model(

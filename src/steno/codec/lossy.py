@@ -1,0 +1,199 @@
+"""Layers at a quality level: what they hold is decoded, transformed and stored as whole numbers; and back.
+
+Keys are taken before rotation where the rotation is known. The first tokens, whose numbers are unlike all others, stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from steno.cache.layer import LayerCache
+from steno.cache.paged import PagedRows
+from steno.cache.segment import DenseSegment
+from steno.codec import transform
+from steno.codec.container import FileWriter
+from steno.codec.forms import expect
+from steno.codec.quality import LayerWeights
+from steno.codec.rotation import Rotation
+from steno.codec.tables import Tables
+from steno.codec.transform import Coded
+
+NAMES = ("keys", "values")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """At which level layers are stored, and with how many refinements."""
+
+    quality: str
+    refinements: int
+    weights: LayerWeights
+
+
+def refinement_group(layer_idx: int, num_layers: int, refinement: int) -> int:
+    """The group of a refinement, from 1 on, of a layer; 0: of the layer itself."""
+    return refinement * num_layers + layer_idx + 1
+
+
+def store_coded(
+    writer: FileWriter, layer: LayerCache, num_layers: int, plan: Plan, rotation: Rotation | None
+) -> dict[str, Any]:
+    """Adds what the one row of a layer holds to a file; the JSON fields that find it again.
+
+    layer: its content are `PagedRows`.
+    """
+    content, layer_idx = layer.content, layer.layer_idx
+    assert isinstance(content, PagedRows), "the caller has checked it"
+    heads = content.decode_row(0, content.tail.keys.dtype)
+    counts = _log_counts(content)
+    keys, values = [k for k, _ in heads], [v for _, v in heads]
+    num_first = [min(transform.FIRST_TOKENS, len(k)) for k in keys]
+    first = [torch.cat([x[:n] for x, n in zip(side, num_first, strict=True)]) for side in (keys, values)]
+    if rotation is not None:
+        keys = rotation.undo(keys, content.positions(0, layer.row_seen[0]))
+    sides = [[x[n:] for x, n in zip(side, num_first, strict=True)] for side in (keys, values)]
+    moments = [transform.Moments.of(side) for side in sides]
+    steps = plan.weights.steps(plan.quality, layer_idx, [m.deviation for m in moments])
+    offsets = _offsets(num_first)
+    fields: dict[str, Any] = {
+        "lengths": [len(k) for k in keys],
+        "first": [
+            writer.add(x, layer_idx + 1, offsets=offsets, context_columns=x.shape[1], choose=Tables.by_spread)
+            for x in first
+        ],
+        "log_counts": None
+        if counts is None
+        else writer.add(counts[:, None], layer_idx + 1, offsets=_offsets([len(k) for k in keys]), row_tokens=1),
+    }
+    for name, side, of_side, step in zip(NAMES, sides, moments, steps, strict=True):
+        together, bases = transform.fit(of_side, step)
+        pairs = zip(transform.join_heads(side, max(1, together)), bases, strict=True)
+        coded = [transform.encode(x, basis, step, num_refinements=plan.refinements) for x, basis in pairs]
+        fields[name] = _store_side(writer, coded, layer_idx, num_layers) | {"heads_together": together}
+    return fields
+
+
+def _store_side(writer: FileWriter, coded: Sequence[Coded], layer_idx: int, num_layers: int) -> dict[str, Any]:
+    """Adds the parts of the keys or the values of a layer."""
+    group, width = layer_idx + 1, coded[0].coarse.shape[1]
+
+    def add(rows: Sequence[Tensor], group: int, offset: int) -> int:
+        numbers = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+        return writer.add(
+            (numbers + offset).view(torch.uint8),  # 128 wraps round to what it should be
+            group,
+            offsets=_offsets([len(x) for x in rows]),
+            row_tokens=1,
+            choose=Tables.by_spread,
+        )
+
+    def add_frames(rows: Sequence[Tensor]) -> int:
+        return writer.add(torch.cat(list(rows)), group, context_columns=width, choose=Tables.by_spread)
+
+    frames = [c.frame for c in coded]
+    bases = [(f.basis - 128).view(torch.uint8) for f in frames if f.basis is not None]
+    return {
+        "mean": add_frames([f.mean[None] for f in frames]),
+        "scales": add_frames([f.scales[None] for f in frames]),
+        "basis": add_frames(bases) if bases else None,
+        "coarse": add([c.coarse for c in coded], group, -128),
+        "recent": add([c.recent for c in coded], group, 1),
+        "refinements": [
+            add([c.refinements[r] for c in coded], refinement_group(layer_idx, num_layers, r + 1), 1)
+            for r in range(len(coded[0].refinements))
+        ],
+    }
+
+
+def _log_counts(content: PagedRows) -> Tensor | None:
+    """Of every entry, head by head, `[N]` fp32; None if each is one token."""
+    row, heads = content.rows[0], content.num_kv_heads
+    if all(segment.log_counts is None for segment in row.segments):
+        return None
+    per_head: list[list[Tensor]] = [[] for _ in range(heads)]
+    for segment in row.segments:
+        for h, n in enumerate(segment.lengths):
+            per_head[h].append(torch.zeros(n) if segment.log_counts is None else segment.log_counts[h].float())
+    tail = torch.zeros(content.tail.lengths[0])
+    return torch.cat([x for parts in per_head for x in (*parts, tail)])
+
+
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
+
+
+def read_coded(
+    fields: Mapping[str, Any],
+    tensors: Mapping[int, Tensor],
+    positions: Sequence[Tensor],
+    rotation: Rotation | None,
+    like: Tensor,
+) -> DenseSegment:
+    """What `store_coded` stored, as one dense segment in the dtype and on the device of `like` `[Hkv, 0, D]`.
+
+    tensors: by number, those of the refinements that are wanted among them. positions: the true ones of each head's entries.
+    Raises KeyError, TypeError or ValueError for fields and arrays that do not fit.
+    """
+    num_heads, dim = like.shape[0], like.shape[2]
+    lengths = [len(p) for p in positions]
+    if fields["lengths"] != lengths:
+        raise ValueError(f"it must hold {lengths} tokens of its heads, not {fields['lengths']}"[:300])
+    num_first = [min(transform.FIRST_TOKENS, n) for n in lengths]
+    sides = []
+    for name, number in zip(NAMES, fields["first"], strict=True):
+        first = expect(tensors[number], (sum(num_first), dim), like.dtype)
+        rest = _read_side(fields[name], tensors, [n - f for n, f in zip(lengths, num_first, strict=True)], dim)
+        if name == "keys" and rotation is not None:
+            rest = rotation.apply(rest, [p[n:] for p, n in zip(positions, num_first, strict=True)])
+        pairs = zip(first.split(num_first), rest, strict=True)
+        sides.append([torch.cat([a, b.to(like.dtype)]) for a, b in pairs])
+    counts = None
+    if fields["log_counts"] is not None:
+        counts = expect(tensors[fields["log_counts"]], (sum(lengths), 1), torch.float32)[:, 0]
+    assert len(sides[0]) == num_heads, "one head each"
+    return DenseSegment(
+        keys=torch.cat(sides[0]), values=torch.cat(sides[1]), offsets=tuple(_offsets(lengths)), counts=counts
+    )
+
+
+def _read_side(fields: Mapping[str, Any], tensors: Mapping[int, Tensor], lengths: list[int], dim: int) -> list[Tensor]:
+    """Values `[n_h, D]` fp32 of each head."""
+    together = fields["heads_together"]
+    if type(together) is not int or not 0 <= together <= len(lengths) or len(lengths) % max(1, together):
+        raise ValueError(f"{together!r} of {len(lengths)} heads cannot have a basis together")
+    size = max(1, together)
+    parts = [lengths[h : h + size] for h in range(0, len(lengths), size)]
+    if any(len(set(part)) > 1 for part in parts):
+        raise ValueError("heads with a basis together must have the same length")
+    of_parts, width, num_parts = [part[0] for part in parts], dim * size, len(parts)
+    mean, scales = (expect(tensors[fields[name]], (num_parts, width), torch.bfloat16) for name in ("mean", "scales"))
+    basis = None
+    if together:
+        stored = expect(tensors[fields["basis"]], (num_parts * width, width), torch.uint8)
+        basis = (stored - 128).view(torch.int8)
+    recent = [min(transform.RECENT_TOKENS, n) for n in of_parts]
+    coarse = _numbers(tensors[fields["coarse"]], of_parts, width, 128)
+    newest = _numbers(tensors[fields["recent"]], recent, width, 1)
+    if not isinstance(fields["refinements"], list):
+        raise TypeError("refinements must be a list")
+    finer = [_numbers(tensors[i], of_parts, width, 1) for i in fields["refinements"] if i in tensors]
+    heads: list[Tensor] = []
+    for p in range(num_parts):
+        own = None if basis is None else basis[p * width : (p + 1) * width]
+        frame = transform.Frame(mean=mean[p], scales=scales[p], basis=own)
+        x = transform.decode(frame, coarse[p], newest[p], [r[p] for r in finer])
+        heads += x.split(dim, 1)
+    return heads
+
+
+def _numbers(rows: Tensor, lengths: Sequence[int], width: int, offset: int) -> tuple[Tensor, ...]:
+    """int8 `[n, width]` of each part."""
+    expect(rows, (sum(lengths), width), torch.uint8)
+    return (rows - offset).view(torch.int8).split(list(lengths))
