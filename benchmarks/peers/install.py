@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NPM = {"libllama": "@node-llama-cpp/linux-x64@3.22.1"}
 """What comes from the npm registry: there is no build of llama.cpp for AVX-512 among Python's wheels."""
+BARE = {"lmcache": "lmcache==0.5.6"}
+"""What is installed without its dependencies, of which CuPy and a dozen services are not needed for what is measured."""
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 """Optional dependencies whose wheels are built for CUDA and break the import of a CPU build."""
 STAMP = ".installed"
@@ -36,7 +38,9 @@ def main() -> None:
 def install(name: str, folder: Path) -> bool:
     """Makes the environment of one peer unless its stamp says that it is there; whether it is there now."""
     requirements = HERE / f"{name}.txt"
-    wanted = "\n".join([requirements.read_text("utf-8"), NPM.get(name, ""), *UNWANTED.get(name, ())])
+    wanted = "\n".join(
+        [requirements.read_text("utf-8"), NPM.get(name, ""), BARE.get(name, ""), *UNWANTED.get(name, ())]
+    )
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         print(f"{name}: is there")
@@ -48,6 +52,8 @@ def install(name: str, folder: Path) -> bool:
         [sys.executable, "-m", "venv", str(folder)],
         [*pip, "install", "-r", str(requirements)],
     ]
+    if name in BARE:
+        commands.append([*pip, "install", "--no-deps", BARE[name]])
     if name in UNWANTED:
         commands.append([*pip, "uninstall", "--yes", *UNWANTED[name]])
     if name in NPM:
