@@ -39,7 +39,7 @@ from steno.codec.quality import QUALITIES
 from steno.session import Context, LanguageModel, load
 
 sys.path.append(str(HERE))
-from common import Row, cpu_name, today
+from common import OtherLoad, Row, cpu_name, today
 from needle import ANSWER_PREFIX, QUESTION, haystack, sample
 
 CONTINUATION = 256
@@ -131,6 +131,7 @@ class Bench:
         return self.about | {"what": "recipe", "name": recipe} | self.file(lambda: ctx.save(self.path))
 
     def file(self, save: Callable[[], int]) -> Row:
+        load = OtherLoad()
         with one_thread():
             encode_s = fastest(save, self.repeats)
             decode_s = fastest(lambda: self.lm.open(self.path), self.repeats)
@@ -144,6 +145,7 @@ class Bench:
             "decode_mb_per_s": self.kv_bytes / decode_s / 1e6,
             "first_token_s": min(s for s, _ in opened),
             "read_first_token_s": self.read_s,
+            "others_load": load.cores(),
         }
 
     def over_link(self) -> list[Row]:
