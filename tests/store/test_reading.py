@@ -23,7 +23,7 @@ DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 18
 RECIPES = {  # and whether it can begin with chunks, and is stored as a whole context
     "full": (True, False), "int4": (True, True), "kvzip | adakv | kivi(bits=4) @ 50%": (True, True),
     "snapkv(window=16) @ 40%": (True, True), "keydiff @ 50%": (True, True), "expected_attention @ 50%": (False, True),
-    "tova @ 100": (True, False), "xkv": (True, False), "h2o @ 50%": (False, False), "sentencekv": (True, False),
+    "tova @ 100": (True, False), "xkv": (True, False), "h2o @ 50%": (False, False), "sentencekv": (True, True),
 }  # fmt: skip
 
 
