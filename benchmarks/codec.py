@@ -89,7 +89,7 @@ class Needles:
     """Texts with a number in each, read once."""
 
     def __init__(self, lm: LanguageModel, count: int, num_tokens: int, folder: Path) -> None:
-        self.lm, self.path, self.texts = lm, folder / "needle.steno", []
+        self.lm, self.path, self.texts, self.bytes = lm, folder / "needle.steno", [], 0
         for i in range(count):
             document, key, value = sample(lm, i, count, num_tokens, 0, "noise")
             self.texts.append((lm.read(document), key, value))
@@ -99,7 +99,7 @@ class Needles:
         right = 0
         for ctx, key, value in self.texts:
             if quality is not None:
-                ctx.save(self.path, quality)
+                self.bytes = ctx.save(self.path, quality)
                 ctx = self.lm.open(self.path)
             asked = ctx.ask(QUESTION.format(key=key), answer_prefix=ANSWER_PREFIX.format(key=key), max_new_tokens=12)
             right += value in "".join(step.text for step in asked)
@@ -109,21 +109,30 @@ class Needles:
 class Bench:
     """One context, and what is measured of a file of it."""
 
-    def __init__(self, lm: LanguageModel, num_tokens: int, num_needles: int, repeats: int, folder: Path) -> None:
+    def __init__(self, lm: LanguageModel, num_tokens: int, repeats: int, folder: Path) -> None:
         tokens = lm.tokenize(haystack("prose"), literal=True)
         self.lm, self.repeats, self.path = lm, repeats, folder / "context.steno"
         self.document, self.after = tokens[:num_tokens], tokens[num_tokens : num_tokens + CONTINUATION]
         self.read_s, self.ctx = first_token_s(lambda: lm.read_tokens(self.document))
         self.full = spoken(self.ctx, self.after)
         self.kv_bytes = self.ctx.report().kv_bytes_full
-        self.needles = Needles(lm, num_needles, num_tokens, folder) if num_needles else None
         self.about = {"tokens": num_tokens, "model": lm.name, "cpu": cpu_name(), "date": today()}
 
     def level(self, quality: str) -> Row:
         row = {"what": "level", "name": quality} | self.file(lambda: self.ctx.save(self.path, quality))
-        if self.needles is not None:
-            row |= {"needles": self.needles.found(quality), "needles_asked": len(self.needles.texts)}
         return self.about | row
+
+    def needles(self, count: int, levels: list[str]) -> Iterator[Row]:
+        """How many planted numbers answers have, from the contexts as they were read and from files of each level."""
+        planted = Needles(self.lm, count, len(self.document), self.path.parent)
+        for quality in (None, *levels):
+            found = {
+                "what": "needles",
+                "name": quality or "not saved",
+                "needles": planted.found(quality),
+                "needles_asked": count,
+            }
+            yield self.about | found | {"bytes": planted.bytes}
 
     def recipe(self, recipe: str) -> Row:
         """A recipe's own segments, stored without loss."""
@@ -269,9 +278,11 @@ def line(row: Row) -> str:
     return f"{row['what']:7} {row['name']:26} {row['bytes']:>11,} " + " ".join(cells)
 
 
-def rows_of(bench: Bench, what: list[str], levels: list[str]) -> Iterator[Row]:
+def rows_of(bench: Bench, what: list[str], levels: list[str], num_needles: int) -> Iterator[Row]:
     if "levels" in what:
         yield from map(bench.level, levels)
+    if "needles" in what and num_needles:
+        yield from bench.needles(num_needles, levels)
     if "recipes" in what:
         yield from map(bench.recipe, RECIPES)
     if "link" in what:
@@ -283,7 +294,7 @@ def rows_of(bench: Bench, what: list[str], levels: list[str]) -> Iterator[Row]:
 
 
 def main() -> None:
-    parts = ["levels", "recipes", "link", "peers", "packers"]
+    parts = ["levels", "needles", "recipes", "link", "peers", "packers"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--needles", type=int, default=4, help="texts with a planted number (default: %(default)s)")
@@ -293,13 +304,14 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="append a JSON line for each row")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(load(), arguments.tokens, arguments.needles, arguments.repeats, Path(folder))
+        bench = Bench(load(), arguments.tokens, arguments.repeats, Path(folder))
         titles = " ".join(title.rjust(int(form.split(".")[0].rstrip("d"))) for title, form in COLUMNS.values())
         print(
             f"{arguments.tokens} tokens of the language reference, {bench.lm.name}; read and first token {bench.read_s:.2f} s"
         )
         print(f"{'':34} {'bytes':>11} {titles}")
-        for row in rows_of(bench, arguments.only or parts, arguments.level or list(QUALITIES)):
+        levels = arguments.level or list(QUALITIES)
+        for row in rows_of(bench, arguments.only or parts, levels, arguments.needles):
             print(line(row), flush=True)
             if arguments.json:
                 with open(arguments.json, "a", encoding="utf-8") as file:
