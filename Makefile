@@ -12,7 +12,7 @@ HAS_SANITIZERS = (for name in asan ubsan; do test -e "$$($(CXX) -print-file-name
 RESULTS := benchmarks/results
 FIGURES := docs/figures
 
-.PHONY: demo test test-native test-vllm slow lint model bench-speed peers peers-bench results results-rows clean
+.PHONY: demo test test-native test-vllm slow lint model bench-speed bench-codec peers peers-bench results results-rows clean
 
 demo: model
 	@$(BIN)/steno ask "Which statement is used for conditional execution?" \
@@ -58,6 +58,10 @@ bench-speed: model $(VENV)/.installed-bench
 # other projects, each in its own environment under .peers (over 5 GB); some: make peers PEERS="kvpress transformers"; docs/peers.md
 peers: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers/install.py $(PEERS)
+
+# minutes on two cores; LMCache only where `make peers PEERS=lmcache` was run before
+bench-codec: model $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/codec.py --json $(RESULTS)/codec.jsonl
 
 peers-bench: model
 	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers-cpu.jsonl
