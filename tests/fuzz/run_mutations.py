@@ -50,7 +50,7 @@ def main() -> int:
         try:
             served, _ = reader.serve(data)
             outcome = "same" if served == whole[which] else "other"
-            if outcome == "other" and mutation in ACCIDENTS:
+            if outcome == "other" and mutation in ACCIDENTS and data not in reader.files:
                 problem = "served something else without an error"
         except steno.StenoError as error:
             outcome = type(error).__name__
