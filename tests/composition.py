@@ -63,6 +63,7 @@ LEARNED: dict[str, dict[str, tuple[int, ...]]] = {
     "locret": {"w1": (3, 6, 96), "w2": (3, 2, 6)},
     "trim_kv": {"w1": (3, 6, 48), "b1": (3, 6), "w2": (3, 2, 6), "bias": (3, 2)},
     "prefixkv": {"curves": (3, 101)},
+    "commvq": {"key_centres": (3, 2, 2, 64, 12), "value_rows_2": (3, 2, 25, 12), "value_rows_1": (3, 2, 13, 12)},
     "razorattention": {"induction": (3, 2), "echo": (3, 2)},
 }
 """What methods learn of the tiny model: 3 layers, 2 KV heads of 2 query heads, 12 dimensions each."""

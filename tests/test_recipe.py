@@ -28,6 +28,7 @@ from steno.methods.merge.evict import Evict
 from steno.methods.quantize.kivi import KIVI
 from steno.methods.score.h2o import H2O
 from steno.methods.score.snapkv import SnapKV
+from steno.pipeline import with_weights
 from steno.recipe import FULL, WHOLE, Budget, Recipe, as_recipe, parse_recipe
 from steno.types import Need
 
@@ -109,6 +110,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     merges = [merge for merge in MERGERS.values() if not evicts or not merge.counts_tokens]
     if share is not None or any(stage.heads_together for stage in transform):
         merges = [Evict]
+
+    def fits(quantizer: Any) -> bool:
+        """Codebooks of a model do not go with another basis."""
+        plain = "weights" not in vars(quantizer) and vars(quantizer).get("statistics") is None
+        return plain or (share is None and not transform)
+
     replays = score is not None and Need.REPLAY in score.needs
     propagate = None if replays or share is not None else draw(st.none() | instances(PROPAGATORS))
     alone = share is not None or (propagate is not None and propagate.routes_layers)
@@ -120,7 +127,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         merge=draw(st.none() | instances({cls.id: cls for cls in merges})) if score else None,
         share=share,
         transform=transform,
-        quantize=None if evicts else draw(st.none() | instances(QUANTIZERS)),
+        quantize=None if evicts else draw(st.none() | instances(QUANTIZERS).filter(fits)),
         access=None if evicts else draw(st.none() | instances(ACCESSORS)),
         budget=draw(budgets) if score else WHOLE,
     )
@@ -177,6 +184,19 @@ def test_the_example_of_the_documentation() -> None:
     assert recipe.needs == {Need.QUERIES}
     assert recipe.evictor is None
     assert parse_recipe("h2o @ 64").evictor == H2O()
+
+
+@pytest.mark.parametrize("other", ["hadamard", "palu", "minicache"])
+@pytest.mark.parametrize("quantize", ["commvq", "kvquant(statistics='x')"])
+def test_codebooks_of_a_model_stand_alone(other: str, quantize: str) -> None:
+    with pytest.raises(RecipeError, match=f"{quantize[:6]}.*{other} changes them: use one of them"):
+        parse_recipe(f"{other} | {quantize}")
+    assert parse_recipe(f"snapkv | adakv | {quantize} @ 25%").quantize is not None
+    named = with_weights(parse_recipe(f"{other} | kvquant"), lambda *_: "x", lambda _: "x")
+    assert named.quantize == METHODS["kvquant"]()
+    assert with_weights(parse_recipe("kvquant"), lambda *_: "x", lambda _: "x").quantize == METHODS["kvquant"](
+        statistics="x"
+    )
 
 
 def test_full_and_as_recipe() -> None:

@@ -302,17 +302,23 @@ def _best(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return [order[h, :n].sort().values for h, n in enumerate(counts)]
 
 
-def with_weights(recipe: Recipe, find: Callable[[str, str], str]) -> Recipe:
-    """The recipe with the file of what they learned named in every method that has `weights` and names none.
+def with_weights(
+    recipe: Recipe, find: Callable[[str, str], str], known: Callable[[str], str | None] = lambda method_id: None
+) -> Recipe:
+    """The recipe with the file of what they learned named in every method that has a place for one and names none.
 
-    find: the file by the id of the method and the command that makes it.
+    find: the file by the id of the method and the command that makes it, for methods that cannot do without (`weights`).
+    known: the file by the id, or None if there is none, for those that can (`statistics`).
     """
 
     def named(stage: Any) -> Any:
-        values = {f.name: getattr(stage, f.name) for f in fields(stage)}
-        if "weights" not in values or values["weights"] is not None:
-            return stage
-        return replace(stage, weights=find(stage.id, "train" if METHODS[stage.id].trained else "calibrate"))
+        unnamed = {f.name for f in fields(stage) if getattr(stage, f.name) is None}
+        if "weights" in unnamed:
+            return replace(stage, weights=find(stage.id, "train" if METHODS[stage.id].trained else "calibrate"))
+        changed = stage.kind == "quantize" and (recipe.transform or recipe.share)  # they would not fit
+        if "statistics" in unnamed and not changed and (path := known(stage.id)) is not None:
+            return replace(stage, statistics=path)
+        return stage
 
     single = {stage.kind: named(stage) for stage in recipe.stages if stage.kind != "transform"}
     return replace(recipe, **single, transform=tuple(named(stage) for stage in recipe.transform))

@@ -163,6 +163,7 @@ class Recipe:
         self._check_transforms()
         self._check_share()
         self._check_allocate()
+        self._check_codebooks()
         if self.propagate is not None and Need.REPLAY in self.needs:
             raise RecipeError(
                 f"{self.propagate.id} lets tokens go round layers, and a replay needs them in all: use it without kvzip."
@@ -232,6 +233,19 @@ class Recipe:
             raise RecipeError(
                 f"{name} gives every layer a budget of its own, and {self.share.id} keeps the same tokens in several: use one."
             )
+
+    def _check_codebooks(self) -> None:
+        """What was fitted to the keys and values of a model does not fit them in another basis."""
+        stage = self.quantize
+        given = {} if stage is None else {f.name: getattr(stage, f.name) for f in fields(cast(Any, stage))}
+        if stage is None or ("weights" not in given and given.get("statistics") is None):
+            return
+        for other in (self.share, *self.transform):
+            if other is not None:
+                raise RecipeError(
+                    f"{stage.id} has codebooks of keys and values as the model makes them, and {other.id} changes them: use "
+                    "one of them."
+                )
 
     def _check_score(self) -> None:
         if self.score is None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steno import methods
+from steno import methods, pipeline
 from steno.cache.accounting import held_bytes, tensors_of
 from steno.cache.segment import DenseSegment, Segment
 from steno.calibration import save_calibration
@@ -34,6 +34,8 @@ from steno.methods import (
     Sharer,
     Transform,
 )
+from steno.methods.quantize.commvq import CENTRES, num_stages
+from steno.recipe import Recipe, parse_recipe
 from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -48,6 +50,10 @@ LEARNED: dict[str, Callable[[int, int, int, int], dict[str, tuple[int, ...]]]] =
         "w1": (layers, INNER, WIDTH), "b1": (layers, INNER), "w2": (layers, hkv, INNER), "bias": (layers, hkv),
     },
     "prefixkv": lambda layers, hkv, group, dim: {"curves": (layers, 101)},
+    "commvq": lambda layers, hkv, group, dim: {
+        "key_centres": (layers, hkv, num_stages(dim, 2), CENTRES, dim),
+        "value_rows_2": (layers, hkv, 2 * dim + 1, dim), "value_rows_1": (layers, hkv, dim + 1, dim),
+    },
     "razorattention": lambda layers, hkv, group, dim: {"induction": (layers, hkv), "echo": (layers, hkv)},
 }  # fmt: skip
 """Shapes of what a method learns of a layer of `make_layer`."""
@@ -68,6 +74,13 @@ def with_weights(method: Any, *, layers: int = LAYERS, hkv: int = 2, group: int 
     if method.id not in LEARNED:
         return method
     return dataclasses.replace(method, weights=learned_file(method.id, layers, hkv, group, dim))
+
+
+def with_files(recipe: str, *, layers: int, hkv: int, group: int = 2, dim: int) -> Recipe:
+    """The recipe, with random weights of a model of this shape for the stages that learn."""
+    return pipeline.with_weights(
+        parse_recipe(recipe), lambda method_id, command: learned_file(method_id, layers, hkv, group, dim)
+    )
 
 
 def make_layer(
@@ -274,7 +287,8 @@ def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool,
         if is_lossless:
             assert torch.allclose(k, plain_k, atol=1e-4)
             assert torch.allclose(v, plain_v, atol=1e-4)
-    q = torch.randn(heads * 3, 2, dim, generator=torch.Generator().manual_seed(1))
+    group = int(kwargs.get("group", 3))  # type: ignore[call-overload]
+    q = torch.randn(heads * group, 2, dim, generator=torch.Generator().manual_seed(1))
     for softcap in (None, 5.0):
         out, lse = segment.attend(q, dim**-0.5, softcap)
         expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=softcap)
@@ -323,6 +337,7 @@ def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossles
     segments, again = sharer.share(layers, store), sharer.share(layers, store)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
     assert len(segments) == num_layers
+    group = int(kwargs.get("group", 3))  # type: ignore[call-overload]
     mine = {x.untyped_storage().data_ptr() for x in inputs}
     assert not mine & {x.untyped_storage().data_ptr() for x in tensors_of(segments) if x.numel()}
     assert held_bytes(segments) <= sum(held_bytes(segment) for segment in segments)
@@ -340,16 +355,18 @@ def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossles
             if is_lossless:
                 assert torch.allclose(k, plain_k, atol=1e-4)
                 assert torch.allclose(v, plain_v, atol=1e-4)
-        q = torch.randn(heads * 3, 2, dim, generator=torch.Generator().manual_seed(1))
+        q = torch.randn(heads * group, 2, dim, generator=torch.Generator().manual_seed(1))
         out, lse = segment.attend(q, dim**-0.5, 5.0)
         expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=5.0)
         assert torch.allclose(out, expected, atol=1e-4)
         assert torch.allclose(lse, expected_lse, atol=1e-4)
 
 
-def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tensor, seed: int = 0) -> None:
+def check_propagator(
+    propagator: Propagator, num_tokens: int, *, is_image: Tensor, group: int, dim: int, seed: int = 0
+) -> None:
     """Both choices: true positions, ascending, the last among them; input unchanged; the same twice."""
-    kv, obs = make_layer(num_tokens, window=max(propagator.query_window, 1), seed=seed)
+    kv, obs = make_layer(num_tokens, window=max(propagator.query_window, 1), group=group, dim=dim, seed=seed)
     kv = dataclasses.replace(kv, positions=2 * kv.positions)
     hidden = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(seed))
     images = is_image if Need.IMAGE_MASK in propagator.needs else None
@@ -358,7 +375,9 @@ def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tenso
     for layer_idx in range(obs.num_layers):
         seen = dataclasses.replace(obs, layer_idx=layer_idx)
         if not propagator.routes_layers:
-            q = torch.randn(kv.num_kv_heads * 3, num_tokens, kv.head_dim, generator=torch.Generator().manual_seed(1))
+            q = torch.randn(
+                kv.num_kv_heads * group, num_tokens, kv.head_dim, generator=torch.Generator().manual_seed(1)
+            )
             taking, same = (cast(Attender, propagator).within(kv, q, seen) for _ in range(2))
             assert (taking is None) == (same is None)
             if taking is not None and same is not None:
@@ -386,16 +405,19 @@ def check_propagator(propagator: Propagator, num_tokens: int, *, is_image: Tenso
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs), hidden, is_image), strict=True))
 
 
-def check_quantizer(quantizer: Quantizer) -> None:
-    """Pages of the format hold tokens, and the tail closes at page borders, or at those of an encoder's chunks."""
+def check_quantizer(quantizer: Quantizer, dim: int) -> None:
+    """Pages of the format hold tokens of `dim` numbers, the tail closes at page borders, or at those of an encoder's chunks."""
     page = quantizer.page_format
     assert quantizer.residual_tokens > 0
     if page is None:
         assert quantizer.residual_tokens % cast(Encoder, quantizer).chunk_tokens == 0
         return
-    keys = torch.randn(2, 2, PAGE_TOKENS, 48, generator=torch.Generator().manual_seed(0))
-    pages = encode_pages(keys, keys.flip(1), page)
-    assert pages.nbytes == sum(x.nbytes for x in pages.tensors) == 4 * page_bytes(page, 48)
+    keys = torch.randn(2, 2, PAGE_TOKENS, dim, generator=torch.Generator().manual_seed(0))
+    before = keys.clone()
+    pages, again = (encode_pages(keys, keys.flip(1), page) for _ in range(2))
+    assert torch.equal(keys, before)
+    assert all(torch.equal(a, b) for a, b in zip(pages.tensors, again.tensors, strict=True))
+    assert pages.nbytes == sum(x.nbytes for x in pages.tensors) == 4 * page_bytes(page, dim)
     decoded = decode_pages(pages)[0].reshape(keys.shape)
     assert (decoded - keys).square().mean() < 0.5
     assert quantizer.residual_tokens % PAGE_TOKENS == 0
@@ -453,10 +475,10 @@ def check_encoder(
             assert [sum(part.lengths[h] for part in parts) for h in range(heads)] == shorter
 
 
-def check_access(access: Access) -> None:
-    """An index of any number of tokens has whole items, within the bytes it claims; nothing of the input is changed."""
+def check_access(access: Access, dim: int) -> None:
+    """An index of any number of tokens of `dim` numbers has whole items, within the bytes it claims; its input is unchanged."""
     for num_tokens in (0, 1, 63, 64, 65, 130):
-        keys, sentences = torch.randn(num_tokens, 8), torch.arange(num_tokens) // 5
+        keys, sentences = torch.randn(num_tokens, dim), torch.arange(num_tokens) // 5
         fixed = access.fix([keys], 1, 4) if access.summarizes else None
         assert fixed is None or fixed.shape[0] == 1
         before = keys.clone()
@@ -469,7 +491,7 @@ def check_access(access: Access) -> None:
         if items.lengths is not None:
             assert items.lengths.dtype == torch.int32
             assert int(items.lengths.sum()) == num_tokens
-        per_token, once = access.index_bytes(8, 4)
+        per_token, once = access.index_bytes(dim, 4)
         held = [items.vectors, *(x for x in (items.lengths, fixed) if x is not None)]
         assert sum(x.numel() * x.element_size() for x in held) <= per_token * num_tokens + once
     assert not access.reads_all or access.reads_layer(1, 4)

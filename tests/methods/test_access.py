@@ -496,7 +496,7 @@ def test_plans_that_make_no_sense_are_refused(tmp_path: Path, sources: list[floa
 
 
 def test_hylra_without_a_plan_says_what_it_needs() -> None:
-    with pytest.raises(CalibrationError, match="name a file"):
+    with pytest.raises(CalibrationError, match="run `steno calibrate hylra --model M` once"):
         HyLRA().reads_layer(0, 3)
 
 

@@ -92,33 +92,35 @@ def test_bad_values_are_named(cls: Any) -> None:
                 cls(**{f.name: bad})
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 64])
+@pytest.mark.parametrize(("num_tokens", "group", "dim"), [(1, 1, 64), (3, 3, 80), (17, 8, 128), (64, 3, 8)])
 @pytest.mark.parametrize("cls", methods.PROPAGATORS.values(), ids=lambda cls: cls.id)
-def test_propagator(cls: Any, num_tokens: int, tmp_path: Path) -> None:
+def test_propagator(cls: Any, num_tokens: int, group: int, dim: int, tmp_path: Path) -> None:
     method = small(cls)
     if cls.trained:
         save_file({"router": torch.randn(4, 16, generator=torch.Generator().manual_seed(0))}, tmp_path / "router")
         method = dataclasses.replace(method, router=str(tmp_path / "router"))
     for is_image in (torch.arange(num_tokens) % 3 > 0, torch.zeros(num_tokens, dtype=torch.bool)):
-        check_propagator(method, num_tokens, is_image=is_image)
+        check_propagator(method, num_tokens, is_image=is_image, group=group, dim=dim)
 
 
 @pytest.mark.parametrize("cls", SCORERS.values(), ids=lambda cls: cls.id)
 @settings(max_examples=25, deadline=None)
 @given(
     num_tokens=st.sampled_from([1, 2, 3, 4, 5, 17]),
-    group=st.sampled_from([1, 3, 4]),
+    group=st.sampled_from([1, 3, 8]),
     hkv=st.integers(1, 3),
+    dim=st.sampled_from([8, 64, 80, 128]),
     budget=st.integers(1, 20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_scorer(cls: Any, num_tokens: int, group: int, hkv: int, budget: int, dtype: torch.dtype) -> None:
-    scorer = with_weights(small(cls), hkv=hkv, group=group)
-    check_scorer(scorer, num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+def test_scorer(cls: Any, num_tokens: int, group: int, hkv: int, dim: int, budget: int, dtype: torch.dtype) -> None:
+    scorer = with_weights(small(cls), hkv=hkv, group=group, dim=dim)
+    layer: dict[str, Any] = {"group": group, "hkv": hkv, "dim": dim, "budget": budget, "dtype": dtype}
+    check_scorer(scorer, num_tokens, **layer)
     if cls.id in READERS:
-        check_reader(cast(Reader, scorer), num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+        check_reader(cast(Reader, scorer), num_tokens, **layer)
     if cls.evicts_while_decoding:
-        check_evictor(cast(Evictor, scorer), num_tokens, group=group, hkv=hkv, budget=budget, dtype=dtype)
+        check_evictor(cast(Evictor, scorer), num_tokens, **layer)
 
 
 @pytest.mark.parametrize("cls", ALLOCATORS.values(), ids=lambda cls: cls.id)
@@ -155,44 +157,51 @@ def test_allocator(
     seed=st.integers(0, 99),
     hkv=st.integers(1, 3),
     group=st.sampled_from([1, 3, 8]),
+    dim=st.sampled_from([8, 64, 80, 128]),
     num_tokens=st.integers(1, 33),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_merger(cls: Any, seed: int, hkv: int, group: int, num_tokens: int, dtype: torch.dtype) -> None:
-    check_merger(cls(), num_tokens, seed=seed, hkv=hkv, group=group, dtype=dtype)
+def test_merger(cls: Any, seed: int, hkv: int, group: int, dim: int, num_tokens: int, dtype: torch.dtype) -> None:
+    check_merger(cls(), num_tokens, seed=seed, hkv=hkv, group=group, dim=dim, dtype=dtype)
 
 
-@pytest.mark.parametrize(("num_tokens", "dim", "hkv"), [(1, 64, 1), (33, 80, 2), (170, 16, 3)])
+SHAPES = [(1, 64, 1, 1), (33, 80, 2, 3), (70, 128, 4, 8)]
+
+
+@pytest.mark.parametrize(("num_tokens", "dim", "hkv", "group"), [*SHAPES, (170, 16, 3, 3)])
 @pytest.mark.parametrize("is_whole", [False, True], ids=["as_is", "lossless"])
 @pytest.mark.parametrize("cls", methods.SHARERS.values(), ids=lambda cls: cls.id)
-def test_sharer(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -> None:
+def test_sharer(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int, group: int) -> None:
     sharer = cls(**FULL_RANK[cls.id]) if is_whole else small(cls)
-    check_sharer(sharer, num_tokens, 2, is_lossless=is_whole, dim=dim, hkv=hkv, group=3)
+    check_sharer(sharer, num_tokens, 2, is_lossless=is_whole, dim=dim, hkv=hkv, group=group)
 
 
-@pytest.mark.parametrize(("num_tokens", "dim", "hkv"), [(1, 64, 1), (33, 80, 2), (70, 128, 4)])
+@pytest.mark.parametrize(("num_tokens", "dim", "hkv", "group"), SHAPES)
 @pytest.mark.parametrize("is_whole", [False, True], ids=["as_is", "full_rank"])
 @pytest.mark.parametrize("cls", methods.TRANSFORMS.values(), ids=lambda cls: cls.id)
-def test_transform(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int) -> None:
+def test_transform(cls: Any, is_whole: bool, num_tokens: int, dim: int, hkv: int, group: int) -> None:
     transform = cls(**FULL_RANK[cls.id]) if is_whole else small(cls)
-    check_transform(transform, num_tokens, is_lossless=is_whole, dim=dim, hkv=hkv, group=3)
+    check_transform(transform, num_tokens, is_lossless=is_whole, dim=dim, hkv=hkv, group=group)
 
 
+@pytest.mark.parametrize("dim", [48, 64, 80, 128])
 @pytest.mark.parametrize("cls", methods.QUANTIZERS.values(), ids=lambda cls: cls.id)
-def test_quantizer(cls: Any) -> None:
-    check_quantizer(cls())
+def test_quantizer(cls: Any, dim: int) -> None:
+    check_quantizer(cls(), dim)
 
 
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "tail"])
 @pytest.mark.parametrize(("lengths", "dim", "group"), [([1], 64, 1), ([64, 64], 80, 3), ([130, 7, 0], 128, 8)])
 @pytest.mark.parametrize("cls", ENCODERS, ids=lambda cls: cls.id)
 def test_encoder(cls: Any, lengths: list[int], dim: int, group: int, prompt: bool) -> None:
-    check_encoder(small(cls), lengths, dim, group=group, prompt=prompt)
+    encoder = with_weights(small(cls), hkv=len(lengths), group=group, dim=dim)
+    check_encoder(encoder, lengths, dim, group=group, prompt=prompt)
 
 
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
 @pytest.mark.parametrize("cls", methods.ACCESSORS.values(), ids=lambda cls: cls.id)
-def test_access(cls: Any) -> None:
-    check_access(cls())
+def test_access(cls: Any, dim: int) -> None:
+    check_access(cls(), dim)
 
 
 def test_describe_methods_is_json() -> None:

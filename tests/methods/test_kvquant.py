@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from steno.calibration import save_calibration
+from steno.errors import CalibrationError
 from steno.kernels.quant.codebooks import lloyd_max
-from steno.methods.quantize.kvquant import KVQuant, fit_levels
+from steno.methods.quantize.kvquant import TAILS, KVQuant, fit_levels
 from steno.types import KeptTokens, Rope
 
 ROPE = Rope(inv_freq=10000.0 ** (-torch.arange(0, 64, 2) / 64))
@@ -95,3 +97,69 @@ def test_products_are_those_of_the_decoded_tokens(n):
     q, w = torch.randn(3, 64, generator=g), torch.rand(3, n, generator=g)
     torch.testing.assert_close(head.logits(q), q @ k.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head.mix(w), w @ v, atol=2e-3, rtol=1e-4)
+
+
+def a_file(tmp_path, keys, name="fitted", heads=1):
+    """What a calibration on these keys `[n, D]` and values alike gives one layer."""
+    tails = torch.tensor(TAILS)
+    tensors = {"key_low": torch.quantile(keys, tails, dim=0), "key_high": torch.quantile(keys, 1 - tails, dim=0)}
+    tensors = {name: x.T.expand(1, heads, -1, -1) for name, x in tensors.items()}
+    for bits in (4, 2):
+        levels = torch.tensor(lloyd_max(bits)) / 3
+        tensors |= {f"{side}_levels_{bits}": levels[None].clone() for side in ("key", "value")}
+    save_calibration(tmp_path / name, tensors, {})
+    return str(tmp_path / name)
+
+
+def test_what_was_calibrated_holds_for_every_token_by_itself(tmp_path):
+    keys, values = draw(n=512)
+    method = KVQuant(statistics=a_file(tmp_path, keys), outliers=0.0)
+    ((k, v),) = encoded(method, keys, values, rope=None).decode(torch.float32)
+    assert relative(keys, k) < 0.03
+    assert relative(values, v) < 0.03
+    parts = [encoded(method, keys[a : a + 64], values[a : a + 64], rope=None) for a in range(0, 512, 64)]
+    decoded = [part.decode(torch.float32)[0] for part in parts]
+    assert torch.equal(torch.cat([x for x, _ in decoded]), k)
+    assert torch.equal(torch.cat([x for _, x in decoded]), v)
+
+
+def test_calibrated_outliers_have_a_fixed_room(tmp_path):
+    keys, values = draw(n=256)
+    method = KVQuant(statistics=a_file(tmp_path, keys), outliers=0.02)
+    head = encoded(method, keys, values, rope=None).heads[0]
+    assert 0.7 * 0.02 * keys.numel() < len(head.key_outliers.places) <= 0.02 * keys.numel()
+    far = encoded(method, 10 * keys, values, rope=None)
+    assert len(far.heads[0].key_outliers.places) == int(0.02 * keys.numel())
+    places = far.heads[0].key_outliers.places.long()
+    assert (places.diff() > 0).all()
+    ((k, _),) = far.decode(torch.float32)
+    torch.testing.assert_close(k.flatten()[places], 10 * keys.flatten()[places], atol=2e-2, rtol=1e-3)
+    low, high = (torch.quantile(keys, x, dim=0) for x in (0.01, 0.99))
+    beyond = (torch.maximum(low - 10 * keys, 10 * keys - high) / (high - low)).flatten()
+    assert beyond[places].min() >= beyond.sort().values[-len(places) - 2]
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    keys, values = draw(n=64)
+    method = KVQuant(statistics=a_file(tmp_path, keys, heads=2))
+    with pytest.raises(CalibrationError, match=r"\[1, 1, 64, 11\]; got \[1, 2, 64, 11\].*calibrate on this model"):
+        encoded(method, keys, values)
+
+
+def test_thresholds_lie_between_those_of_the_file(tmp_path):
+    keys, values = draw(n=64)
+    path = a_file(tmp_path, keys)
+    ranges = [
+        encoded(KVQuant(statistics=path, outliers=share), keys, values, rope=None).heads[0].ranges
+        for share in (0.0, 0.002, 0.003, 0.005, 1.0)
+    ]
+    assert all((a >= b).all() for a, b in zip(ranges, ranges[1:], strict=False))
+    middle = (ranges[1] + 2 * (ranges[3] - ranges[1]) / 6).float()  # 0.0015 from 0.001 on to 0.0025
+    torch.testing.assert_close(ranges[2].float(), middle, atol=2e-3, rtol=0)
+
+
+def test_weights_draw_levels_to_what_matters():
+    x = torch.linspace(-1, 1, 4001)
+    even, drawn = (torch.tensor(fit_levels(x, 2, weights)) for weights in (torch.ones(4001), (x > 0.5).float() + 1e-3))
+    torch.testing.assert_close(even, torch.tensor([-0.75, -0.25, 0.25, 0.75]), atol=2e-2, rtol=0)
+    assert (drawn > 0.5).sum() >= 3

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from contracts import with_files
 
 import steno
 from steno.cache.segment import DenseSegment, Segment
@@ -15,7 +16,7 @@ from tiny import prompt, shared
 
 NAMES = [name for name, cls in QUANTIZERS.items() if Need.IMAGE_MASK not in cls.needs]
 """Methods that look at images have tests in tests/host."""
-COARSE = {"int2", "kivi", "vidkv", "gear", "zipcache"}
+COARSE = {"int2", "kivi", "vidkv", "gear", "zipcache", "commvq"}
 """Two bits and fewer, for some tokens at least: with a random model little can be said of the logits."""
 
 
@@ -23,7 +24,7 @@ def read(recipe: str, length: int) -> tuple[Any, Any]:
     """A model, and its cache after a prompt."""
     model = shared("llama")
     model.set_attn_implementation("steno")
-    cache = steno.KVCache(model.config, recipe=recipe)
+    cache = steno.KVCache(model.config, with_files(recipe, layers=3, hkv=2, dim=12))
     with torch.no_grad():
         model(prompt(length), past_key_values=cache)
     return model, cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts import with_files
 from transformers import LlamaConfig
 
 import steno
 from steno.cache.accounting import held_bytes
 from steno.methods import MERGERS, QUANTIZERS, SHARERS, TRANSFORMS
+from steno.recipe import parse_recipe
 from steno.types import Need
 from tiny import SHARED, prompt, shared
 
@@ -45,8 +47,8 @@ def feed(cache: steno.KVCache, count: int, dim: int, group: int, seed: int) -> N
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_any_shape_decodes(recipe: str, num_tokens: int, dim: int, group: int) -> None:
     config = LlamaConfig(**{**SHARED, "head_dim": dim, "num_attention_heads": 2 * group, "num_hidden_layers": 2})
-    cache = steno.KVCache(config, recipe)
-    assert str(cache.recipe) == recipe
+    cache = steno.KVCache(config, with_files(recipe, layers=2, hkv=2, group=group, dim=dim))
+    assert str(parse_recipe(recipe)) == recipe
     feed(cache, num_tokens, dim, group, 0)
     held = cache.kv_bytes
     assert held == held_bytes(list(cache.layers))
@@ -64,7 +66,7 @@ def test_any_shape_decodes(recipe: str, num_tokens: int, dim: int, group: int) -
 def test_a_model_generates(recipe: str) -> None:
     model = shared("llama")
     model.set_attn_implementation("steno")
-    cache = steno.KVCache(model.config, recipe)
+    cache = steno.KVCache(model.config, with_files(recipe, layers=3, hkv=2, dim=12))
     ids = model.generate(prompt(90), past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert ids.shape == (1, 95)
     assert cache.seen_tokens == 94

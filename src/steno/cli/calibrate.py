@@ -1,8 +1,8 @@
 """Gather once, on some text, what a method otherwise estimates from each prompt or cannot do without.
 
-The result lies where recipes look for it, or in --out FILE, to be named as `METHOD(weights='FILE')`. A file of
-expected_attention is always named: `expected_attention(statistics='FILE')`. Without --data it reads the Python language
-reference; razorattention reads random tokens.
+The result lies where recipes look for it, or in --out FILE, to be named as `METHOD(weights='FILE')` or, for methods that
+can do without, `METHOD(statistics='FILE')`. Without --data it reads the Python language reference; razorattention reads
+random tokens.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not learner.reads_text:
         text, what = "", "random tokens"
     elif text is None:
-        short = learner.command == "calibrate"
-        text, what = language_reference(lambda text: len(lm.tokenize(text))) if short else whole_reference()
+        text, what = whole_reference() if learner.is_long else language_reference(lambda text: len(lm.tokenize(text)))
     out = Path(arguments.out).expanduser() if arguments.out else learned_file(learner.id, lm.loaded.model_hash)
     if not arguments.out:
         out.parent.mkdir(parents=True, exist_ok=True)

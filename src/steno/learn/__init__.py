@@ -18,7 +18,7 @@ class Learner:
     """One method that learns.
 
     steps: of `steno train` where none are given; 0: it takes no steps. reads_text: whether it looks at text, or at random
-    tokens.
+    tokens; is_long: whether it wants more text than a chapter.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Learner:
     what: str
     steps: int = 0
     reads_text: bool = True
+    is_long: bool = False
 
 
 LEARNERS: dict[str, Learner] = {
@@ -42,8 +43,18 @@ LEARNERS: dict[str, Learner] = {
         ),
         Learner("kvtc", "calibrate", "steno.learn.kvtc", "how fine each layer must be in a file of some quality"),
         Learner("razorattention", "calibrate", "steno.learn.razorattention", "which heads retrieve", reads_text=False),
-        Learner("locret", "train", "steno.learn.locret", "retaining heads", steps=120),
-        Learner("trim_kv", "train", "steno.learn.trim_kv", "retention gates", steps=120),
+        Learner("commvq", "calibrate", "steno.learn.commvq", "codebooks of keys and values", is_long=True),
+        Learner(
+            "double_sparsity",
+            "calibrate",
+            "steno.learn.double_sparsity",
+            "in which channels queries meet keys",
+            is_long=True,
+        ),
+        Learner("hylra", "calibrate", "steno.learn.hylra", "which layers read what others chose", is_long=True),
+        Learner("kvquant", "calibrate", "steno.learn.kvquant", "thresholds of keys, and codebooks", is_long=True),
+        Learner("locret", "train", "steno.learn.locret", "retaining heads", steps=120, is_long=True),
+        Learner("trim_kv", "train", "steno.learn.trim_kv", "retention gates", steps=120, is_long=True),
     )
 }
 """The methods that learn, by id."""

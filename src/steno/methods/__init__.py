@@ -45,6 +45,7 @@ from steno.methods.named import COMPOSITIONS, NAMED, Composition, NamedRecipe, s
 from steno.methods.propagate.fastkv import FastKV
 from steno.methods.propagate.videollm_mod import VideoLLMMoD
 from steno.methods.propagate.zipvl_attention import ZipVLAttention
+from steno.methods.quantize.commvq import CommVQ
 from steno.methods.quantize.fp8 import FP8
 from steno.methods.quantize.gear import GEAR
 from steno.methods.quantize.integer import Int2, Int4, Int8
@@ -123,6 +124,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         VidKVSTP,
         ZipCache,
         KVQuant,
+        CommVQ,
     )
 }
 ACCESSORS: dict[str, type[Access]] = {
@@ -172,6 +174,7 @@ __all__ = [
     "Allocator",
     "Attender",
     "Chelsea",
+    "CommVQ",
     "Composition",
     "DoubleSparsity",
     "EMSHeads",

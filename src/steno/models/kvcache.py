@@ -19,7 +19,7 @@ from steno.cache.text import TokenText
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
 from steno.models.images import image_tokens
-from steno.models.learned import find_weights
+from steno.models.learned import find_weights, known_file
 from steno.models.rope import rope_of
 from steno.models.routing import routing
 from steno.pipeline import RecipePolicy, with_weights
@@ -99,7 +99,11 @@ class KVCache(Cache):
             kind == "full_attention" and mode is None and (not shared or any(modes))
             for kind, mode in zip(layer_types, modes, strict=True)
         ]
-        learned = with_weights(self.recipe, lambda method, command: find_weights(method, self.model_hash, command))
+        learned = with_weights(
+            self.recipe,
+            lambda method, command: find_weights(method, self.model_hash, command),
+            lambda method: known_file(method, self.model_hash),
+        )
         policy, layers = RecipePolicy(learned), []
         for kind, kwargs, is_ours in zip(layer_types, layer_kwargs, ours, strict=True):
             if not is_ours:

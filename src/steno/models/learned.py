@@ -15,6 +15,14 @@ def learned_file(method_id: str, model_hash: str) -> Path:
     return default_cache_dir() / "learned" / f"{method_id}-{model_hash}.safetensors"
 
 
+def known_file(method_id: str, model_hash: str | None) -> str | None:
+    """The file of what a method learned of a model: the user's own first, then what steno ships; None if there is none."""
+    if model_hash is None:
+        return None
+    own = learned_file(method_id, model_hash)
+    return next((str(place) for place in (own, SHIPPED / own.name) if place.is_file()), None)
+
+
 def find_weights(method_id: str, model_hash: str | None, command: str) -> str:
     """The file of what a method learned of a model: the user's own first, then what steno ships.
 
@@ -25,10 +33,9 @@ def find_weights(method_id: str, model_hash: str | None, command: str) -> str:
             f"{method_id} needs what it learned of this model: read with steno.load(...).read(...), which finds it, or name "
             f"the file that `steno {command} {method_id} --model M --out FILE` wrote, {method_id}(weights='FILE')."
         )
-    own = learned_file(method_id, model_hash)
-    for place in (own, SHIPPED / own.name):
-        if place.is_file():
-            return str(place)
+    found = known_file(method_id, model_hash)
+    if found is not None:
+        return found
     raise CalibrationError(
         f"{method_id} has learned nothing of this model yet: run `steno {command} {method_id} --model M` once, or name a "
         f"file, {method_id}(weights='FILE')."

@@ -44,8 +44,8 @@ class DoubleSparsity:
     dense_layers : int, default 2 layers
         First layers that read everything.
     statistics : str or None, default None
-        A safetensors file with `channel_importance` `[L, Hkv, D]`, which steno cannot make from a text yet; None takes the
-        channels from the keys of the prompt.
+        A file of `steno calibrate double_sparsity` with `channel_importance` `[L, Hkv, D]`. None: that of this model where
+        there is one, else the channels are those of the prompt's keys.
 
     Raises
     ------

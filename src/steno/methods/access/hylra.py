@@ -47,8 +47,8 @@ class HyLRA:
     recent : int, default 512 tokens
         Newest tokens, read in any case.
     weights : str or None, default None
-        A safetensors file with `source_layer` `[L]`, which says what each layer does (`plan_layers`); steno cannot make it from
-        a model yet. None: the one for this model.
+        A file of `steno calibrate hylra` with `source_layer` `[L]`, which says what each layer does (`plan_layers`). None: the
+        one for this model.
 
     Raises
     ------
@@ -91,9 +91,8 @@ class HyLRA:
         """Whose choice a layer reads, its own included; -1: it reads everything."""
         if self.weights is None:
             raise CalibrationError(
-                "hylra must know what each layer does, and steno cannot profile a model for it yet: name a file, "
-                "hylra(weights='FILE'), with `source_layer` [L]: -1 where a layer reads everything, its own number where it "
-                "chooses, another's where it reads what that one chose."
+                "hylra must know what each layer does: run `steno calibrate hylra --model M` once and name its file, "
+                "hylra(weights='FILE'), or read with steno.load(...).read(...), which finds it."
             )
         return _sources(load_calibration(self.weights, (SOURCE,)), num_layers)[layer_idx]
 

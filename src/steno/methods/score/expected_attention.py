@@ -43,8 +43,8 @@ class ExpectedAttention:
     eps : float, default 0.0
         Added to the attention before the norm of the value multiplies it.
     statistics : str or None, default None
-        A file of `steno calibrate expected_attention` with the mean and covariance of the queries; None takes them from
-        the prompt.
+        A file of `steno calibrate expected_attention` with the mean and covariance of the queries. None: that of this model
+        where there is one, else those of the prompt.
 
     Raises
     ------

@@ -32,7 +32,8 @@ class CSKV:
     window : int, default 32 tokens
         New tokens stay whole until so many are there; then all of them shrink at once.
     statistics : str or None, default None
-        A file of `steno calibrate cskv` with the second moments of keys and values; None takes those of the prompt.
+        A file of `steno calibrate cskv` with the second moments of keys and values. None: that of this model where there is
+        one, else those of the prompt.
 
     Raises
     ------

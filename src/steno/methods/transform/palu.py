@@ -34,7 +34,8 @@ class Palu:
     heads : int, default 4
         KV heads that share a latent; fewer where that does not divide the model's.
     statistics : str or None, default None
-        A file of `steno calibrate palu` with the second moments of keys and values; None takes those of the prompt.
+        A file of `steno calibrate palu` with the second moments of keys and values. None: that of this model where there is
+        one, else those of the prompt.
 
     Raises
     ------

@@ -37,7 +37,8 @@ class RotateKV:
     sinks : int, default 4 tokens
         First tokens that stay whole.
     statistics : str or None, default None
-        A file of `steno calibrate rotatekv` with the means of the keys; None takes those of the prompt.
+        A file of `steno calibrate rotatekv` with the means of the keys. None: that of this model where there is one, else
+        those of the prompt.
 
     Raises
     ------
