@@ -52,7 +52,7 @@ def test_planes_are_the_bits(dtype: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(sorted(DTYPES)),
-    lengths=st.lists(st.sampled_from([0, 1, 5, 256, 257, 700]), min_size=1, max_size=3),
+    lengths=st.lists(st.sampled_from([0, 1, 5, 256, 257, 700, 3000]), min_size=1, max_size=3),
     columns=st.sampled_from([1, 4, 6]),
     row_tokens=st.sampled_from([0, 1, 64]),
     per_context=st.booleans(),

@@ -16,7 +16,8 @@ def correlated(n: int, channels: int, seed: int = 0) -> torch.Tensor:
 
 
 def decoded(coded: transform.Coded, count: int) -> torch.Tensor:
-    return transform.decode(coded.frame, coded.coarse, coded.recent, coded.refinements[:count])
+    blocks = transform.decode(coded.frame, coded.coarse, coded.recent, coded.refinements[:count])
+    return torch.cat([coded.coarse[:0].float(), *blocks])
 
 
 @pytest.mark.parametrize("has_basis", [True, False])

@@ -15,6 +15,7 @@ from steno.codec.planes import DTYPES, join_planes, num_planes, split_planes
 from steno.codec.tables import RAW, Tables
 from steno.errors import DamagedFile
 from steno.kernels import rans
+from steno.kernels.transpose import transposed
 
 CHUNK_TOKENS = 256
 LENGTH_BYTES = 4
@@ -77,6 +78,41 @@ class ArraySpec:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What of each context of a plane lies in a chunk. lengths: symbols of each, `[R]`; runs: those that tables code, in the
+    order in which they are stored; uncoded ones come after them."""
+
+    lengths: np.ndarray
+    runs: rans.Runs
+
+    @classmethod
+    def of(cls, spec: ArraySpec, slices: Sequence[slice], tables: Tables) -> Share:
+        per_head = [(rows.stop - rows.start) * spec.context_columns for rows in slices]
+        lengths = np.repeat(np.array(per_head, np.int64), spec.contexts_per_head)
+        num_tables = len(tables.frequencies)
+        sums = np.bincount(tables.of_context, lengths, RAW + 1)[:num_tables]
+        pairs = np.stack([sums.astype(np.int64), np.arange(num_tables)], 1)
+        return cls(lengths=lengths, runs=rans.Runs.of(pairs, num_tables))
+
+
+@final
+class Shares:
+    """The `Share` of each chunk and plane: most chunks have the same."""
+
+    def __init__(self, spec: ArraySpec, tables: Sequence[Tables]) -> None:
+        self._spec, self._tables = spec, tables
+        self._known: dict[tuple[int, ...], list[Share]] = {}
+
+    def of(self, slices: Sequence[slice]) -> list[Share]:
+        """Of each plane."""
+        widths = tuple(rows.stop - rows.start for rows in slices)
+        if widths not in self._known:
+            self._known[widths] = [Share.of(self._spec, slices, tables) for tables in self._tables]
+        return self._known[widths]
+
+
+@final
 class ArrayEncoder:
     """A matrix that is to be stored: its planes and the tables that fit them, of `Tables.choose` or another choice."""
 
@@ -92,6 +128,7 @@ class ArrayEncoder:
             choose(np.concatenate([rans.histograms(x) for x in heads]), stream_bytes=streams * spec.num_chunks)
             for heads in contexts
         ]
+        self._shares = Shares(spec, self.tables)
         self._contexts = [[row for head in heads for row in head] for heads in contexts]
         # of heads of one length, a matrix in the order in which contexts are stored
         is_even = len({head.shape for head in contexts[0]}) == 1
@@ -105,17 +142,16 @@ class ArrayEncoder:
         slices, parts, width = self.spec.slices(chunk), [], self.spec.context_columns
         firsts = zip(slices, self.spec.offsets, strict=False)
         columns = [slice((s.start - first) * width, (s.stop - first) * width) for s, first in firsts]
-        lengths = _lengths(self.spec, slices)
-        for contexts, ordered, tables in zip(self._contexts, self._ordered, self.tables, strict=True):
+        planes = zip(self._contexts, self._ordered, self.tables, self._shares.of(slices), strict=True)
+        for contexts, ordered, tables, share in planes:
             if ordered is not None:
                 symbols = ordered[:, columns[0]].reshape(-1)
             else:
                 per_head = self.spec.contexts_per_head
                 symbols = np.concatenate([contexts[i][columns[i // per_head]] for i in tables.order])
-            runs = _runs(tables, lengths)
-            num_coded = int(runs[:, 0].sum())
+            num_coded = share.runs.num_symbols
             if len(tables.frequencies):
-                stream = rans.encode(symbols[:num_coded], runs, tables.frequencies) if num_coded else b""
+                stream = rans.encode(symbols[:num_coded], share.runs, tables.frequencies) if num_coded else b""
                 parts += [len(stream).to_bytes(LENGTH_BYTES, "little"), stream]
             parts.append(symbols[num_coded:].tobytes())
         return b"".join(parts)
@@ -127,13 +163,14 @@ class ArrayDecoder:
 
     def __init__(self, spec: ArraySpec, tables: Sequence[Tables]) -> None:
         self.spec, self.tables = spec, tables
+        self._shares = Shares(spec, tables)
         self._decode_tables = [rans.decode_tables(plane.frequencies) for plane in tables]
-        # of each plane the contexts of each head, [contexts per head, symbols]
-        pairs = list(zip(spec.offsets, spec.offsets[1:], strict=False))
-        self._contexts = [
-            [np.empty((spec.contexts_per_head, (b - a) * spec.context_columns), np.uint8) for a, b in pairs]
-            for _ in tables
-        ]
+        # of each plane the contexts of each head, [contexts per head, symbols], of heads of one length as one matrix
+        per_head, width = spec.contexts_per_head, spec.context_columns
+        lengths = [(b - a) * width for a, b in zip(spec.offsets, spec.offsets[1:], strict=False)]
+        self._is_even = len(set(lengths)) == 1
+        shapes = [(spec.num_contexts, lengths[0])] if self._is_even else [(per_head, n) for n in lengths]
+        self._contexts = [[np.empty(shape, np.uint8) for shape in shapes] for _ in tables]
 
     def feed(self, chunk: int, data: np.ndarray, at: int) -> int:
         """Decodes this array's part of a chunk, which begins at byte `at` of data; where it ends.
@@ -141,54 +178,63 @@ class ArrayDecoder:
         Raises `DamagedFile` if that is beyond the chunk.
         """
         slices = self.spec.slices(chunk)
-        lengths = _lengths(self.spec, slices)
-        for heads, tables, decode_tables in zip(self._contexts, self.tables, self._decode_tables, strict=True):
-            runs, stream = _runs(tables, lengths), data[:0]
+        planes = zip(self._contexts, self.tables, self._decode_tables, self._shares.of(slices), strict=True)
+        for contexts, tables, decode_tables, share in planes:
+            stream = data[:0]
             if len(tables.frequencies):
                 stream = data[at + LENGTH_BYTES :][: int.from_bytes(data[at : at + LENGTH_BYTES].tobytes(), "little")]
                 at += LENGTH_BYTES + len(stream)
-            num_coded = int(runs[:, 0].sum())
-            coded = rans.decode(stream, runs, decode_tables) if num_coded else np.zeros(0, np.uint8)
-            num_raw = int(lengths.sum()) - num_coded
+            num_coded = share.runs.num_symbols
+            symbols = rans.decode(stream, share.runs, decode_tables) if num_coded else np.zeros(0, np.uint8)
+            num_raw = int(share.lengths.sum()) - num_coded
             raw = data[at : at + num_raw]
             if len(raw) < num_raw or (len(stream) and not num_coded):
                 raise DamagedFile("a chunk does not have the bytes that its arrays need.")
             at += num_raw
-            self._scatter(heads, np.concatenate([coded, raw]), tables.order, lengths, slices)
+            if num_raw:
+                symbols = np.concatenate([symbols, raw])
+            self._scatter(contexts, symbols, tables.order, share, slices)
         return at
 
     def _scatter(
         self,
-        heads: list[np.ndarray],
+        contexts: Sequence[np.ndarray],
         symbols: np.ndarray,
         order: np.ndarray,
-        lengths: np.ndarray,
+        share: Share,
         slices: Sequence[slice],
     ) -> None:
         """Puts the symbols of a chunk, context after context in `order`, where they belong."""
         width, per_head = self.spec.context_columns, self.spec.contexts_per_head
-        if len(set(lengths.tolist())) == 1:
-            rows = np.empty((len(order), lengths[0]), np.uint8)
-            rows[order] = symbols.reshape(rows.shape)
-            found = [rows[h * per_head : (h + 1) * per_head] for h in range(len(slices))]
-        else:
-            ends = np.cumsum(lengths[order])
-            of_context = dict(zip(order.tolist(), np.split(symbols, ends[:-1]), strict=True))
-            found = [np.stack([of_context[h * per_head + i] for i in range(per_head)]) for h in range(len(slices))]
-        for contexts, part, where, first in zip(heads, found, slices, self.spec.offsets, strict=False):
-            contexts[:, (where.start - first) * width : (where.stop - first) * width] = part
+        starts = [(rows.start - first) * width for rows, first in zip(slices, self.spec.offsets, strict=False)]
+        if self._is_even:
+            columns = slice(starts[0], starts[0] + int(share.lengths[0]))
+            contexts[0][order, columns] = symbols.reshape(len(order), -1)
+            return
+        at = 0
+        for i in order.tolist():
+            start, length = starts[i // per_head], int(share.lengths[i])
+            contexts[i // per_head][i % per_head, start : start + length] = symbols[at : at + length]
+            at += length
 
     def tensor(self) -> Tensor:
         """`[N, columns]`, after all chunks were fed."""
         if not self.spec.num_rows:
             return torch.empty(0, self.spec.columns, dtype=DTYPES[self.spec.dtype])
-        planes = [np.concatenate([_by_row(x, self.spec) for x in heads]) for heads in self._contexts]
+        per_head = self.spec.contexts_per_head
+        planes = []
+        for contexts in self._contexts:
+            heads = np.split(contexts[0], range(per_head, len(contexts[0]), per_head)) if self._is_even else contexts
+            rows = [_by_row(x, self.spec) for x in heads]
+            planes.append(np.concatenate(rows) if len(rows) > 1 else rows[0])
         return join_planes(planes, self.spec.dtype)
 
 
 def _by_row(contexts: np.ndarray, spec: ArraySpec) -> np.ndarray:
     """The inverse of `_by_context`."""
     width = spec.context_columns
+    if width == 1:
+        return transposed(contexts)
     rows = contexts.reshape(spec.contexts_per_head, -1, width).transpose(1, 0, 2)
     return rows.reshape(-1, spec.columns)
 
@@ -196,19 +242,8 @@ def _by_row(contexts: np.ndarray, spec: ArraySpec) -> np.ndarray:
 def _by_context(plane: np.ndarray, group: int) -> np.ndarray:
     """Rows `[n, C]` as the symbols of each context, `[C / group, n * group]`."""
     num_rows, columns = plane.shape
+    if group == 1:
+        return transposed(plane)
     return (
         plane.reshape(num_rows, columns // group, group).transpose(1, 0, 2).reshape(columns // group, num_rows * group)
     )
-
-
-def _lengths(spec: ArraySpec, slices: Sequence[slice]) -> np.ndarray:
-    """Symbols of each context in a chunk, `[R]`."""
-    per_head = [(rows.stop - rows.start) * spec.context_columns for rows in slices]
-    return np.repeat(np.array(per_head, np.int64), spec.contexts_per_head)
-
-
-def _runs(tables: Tables, lengths: np.ndarray) -> np.ndarray:
-    """Of each table how many symbols it codes in a chunk: int64 `[K, 2]`, length and table."""
-    num_tables = len(tables.frequencies)
-    sums = np.bincount(tables.of_context, lengths, RAW + 1)[:num_tables]
-    return np.stack([sums.astype(np.int64), np.arange(num_tables)], 1)

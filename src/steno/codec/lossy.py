@@ -20,7 +20,7 @@ from steno.codec import transform
 from steno.codec.container import FileWriter
 from steno.codec.forms import expect
 from steno.codec.quality import LayerWeights
-from steno.codec.rotation import Rotation
+from steno.codec.rotation import Rotation, turn
 from steno.codec.tables import Tables
 from steno.codec.transform import Coded
 
@@ -146,25 +146,34 @@ def read_coded(
     if fields["lengths"] != lengths:
         raise ValueError(f"it must hold {lengths} tokens of its heads, not {fields['lengths']}"[:300])
     num_first = [min(transform.FIRST_TOKENS, n) for n in lengths]
-    sides = []
+    offsets, sides = _offsets(lengths), []
     for name, number in zip(NAMES, fields["first"], strict=True):
-        first = expect(tensors[number], (sum(num_first), dim), like.dtype)
-        rest = _read_side(fields[name], tensors, [n - f for n, f in zip(lengths, num_first, strict=True)], dim)
-        if name == "keys" and rotation is not None:
-            rest = rotation.apply(rest, [p[n:] for p, n in zip(positions, num_first, strict=True)])
-        pairs = zip(first.split(num_first), rest, strict=True)
-        sides.append([torch.cat([a, b.to(like.dtype)]) for a, b in pairs])
+        side = torch.empty(offsets[-1], dim, dtype=like.dtype, device=like.device)
+        heads = side.split(lengths)
+        first = expect(tensors[number], (sum(num_first), dim), like.dtype).split(num_first)
+        for head, x in zip(heads, first, strict=True):
+            head[: len(x)] = x
+        rest = [head[n:] for head, n in zip(heads, num_first, strict=True)]
+        turned = rotation if name == "keys" else None
+        where = [p[n:].to(like.device) for p, n in zip(positions, num_first, strict=True)]
+        _read_side(fields[name], tensors, rest, where, turned)
+        sides.append(side)
     counts = None
     if fields["log_counts"] is not None:
         counts = expect(tensors[fields["log_counts"]], (sum(lengths), 1), torch.float32)[:, 0]
-    assert len(sides[0]) == num_heads, "one head each"
-    return DenseSegment(
-        keys=torch.cat(sides[0]), values=torch.cat(sides[1]), offsets=tuple(_offsets(lengths)), counts=counts
-    )
+    assert len(lengths) == num_heads, "one head each"
+    return DenseSegment(keys=sides[0], values=sides[1], offsets=tuple(offsets), counts=counts)
 
 
-def _read_side(fields: Mapping[str, Any], tensors: Mapping[int, Tensor], lengths: list[int], dim: int) -> list[Tensor]:
-    """Values `[n_h, D]` fp32 of each head."""
+def _read_side(
+    fields: Mapping[str, Any],
+    tensors: Mapping[int, Tensor],
+    out: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    rotation: Rotation | None,
+) -> None:
+    """Writes keys or values into `out` `[n_h, D]` of each head; those with a rotation stand at positions `[n_h]`."""
+    lengths, dim = [len(x) for x in out], out[0].shape[1]
     together = fields["heads_together"]
     if type(together) is not int or not 0 <= together <= len(lengths) or len(lengths) % max(1, together):
         raise ValueError(f"{together!r} of {len(lengths)} heads cannot have a basis together")
@@ -184,13 +193,28 @@ def _read_side(fields: Mapping[str, Any], tensors: Mapping[int, Tensor], lengths
     if not isinstance(fields["refinements"], list):
         raise TypeError("refinements must be a list")
     finer = [_numbers(tensors[i], of_parts, width, 1) for i in fields["refinements"] if i in tensors]
-    heads: list[Tensor] = []
     for p in range(num_parts):
         own = None if basis is None else basis[p * width : (p + 1) * width]
         frame = transform.Frame(mean=mean[p], scales=scales[p], basis=own)
-        x = transform.decode(frame, coarse[p], newest[p], [r[p] for r in finer])
-        heads += x.split(dim, 1)
-    return heads
+        heads = slice(p * size, (p + 1) * size)
+        angles = None if rotation is None else _angles(rotation, positions[heads])
+        at = 0
+        for block in transform.decode(frame, coarse[p], newest[p], [r[p] for r in finer]):
+            tokens = slice(at, at + len(block))
+            x = block.unflatten(1, (size, dim))  # [m, heads, D]
+            if angles is not None:
+                turn(x, angles[0][tokens], angles[1][tokens])
+            for h, place in enumerate(out[heads]):
+                place[tokens] = x[:, h]
+            at += len(block)
+
+
+def _angles(rotation: Rotation, positions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[n, heads, R / 2]` of heads at positions `[n]`; `[n, 1, R / 2]` if all stand at the same ones."""
+    if all(torch.equal(where, positions[0]) for where in positions[1:]):
+        positions = positions[:1]
+    cos, sin = zip(*(rotation.angles(where) for where in positions), strict=True)
+    return torch.stack(cos, 1), torch.stack(sin, 1)
 
 
 def _numbers(rows: Tensor, lengths: Sequence[int], width: int, offset: int) -> tuple[Tensor, ...]:

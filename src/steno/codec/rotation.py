@@ -42,27 +42,32 @@ class Rotation:
 
     def undo(self, heads: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
         """What keys `[n_h, D]` at positions `[n_h]` were before rotation, fp32."""
-        return self._turned(heads, positions, -1)
+        found = [x.float() if x.dtype != torch.float32 else x.clone() for x in heads]
+        for x, where in zip(found, positions, strict=True):
+            cos, sin = self.angles(where.to(x.device))
+            turn(x, cos, -sin)
+        return found
 
     def apply(self, heads: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
         """Keys `[n_h, D]` rotated at positions `[n_h]`, fp32."""
-        return self._turned(heads, positions, 1)
-
-    def _turned(self, heads: Sequence[Tensor], positions: Sequence[Tensor], sign: int) -> list[Tensor]:
-        found, half = [], len(self.frequencies)
-        for x, where in zip(heads, positions, strict=True):
-            cos, sin = self._cos_sin(where.to(x.device))
-            out = x.float() if x.dtype != torch.float32 else x.clone()
-            a, b = out[:, :half].clone(), out[:, half : 2 * half].clone()
-            out[:, :half].mul_(cos).addcmul_(b, sin, value=-sign)
-            out[:, half : 2 * half].mul_(cos).addcmul_(a, sin, value=sign)
-            found.append(out)
+        found = [x.float() if x.dtype != torch.float32 else x.clone() for x in heads]
+        for x, where in zip(found, positions, strict=True):
+            turn(x, *self.angles(where.to(x.device)))
         return found
 
-    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`[n, R / 2]` fp32 each."""
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[n, R / 2]` fp32 of positions `[n]`."""
         if self._angles is None or not torch.equal(self._angles[0], positions):
             frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
             angles = positions.double()[:, None] * frequencies
             self._angles = (positions, angles.cos().float(), angles.sin().float())
         return self._angles[1], self._angles[2]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotates x `[..., D]` fp32 in place by angles `[..., R / 2]` that broadcast."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    before = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(before, sin)

@@ -23,8 +23,8 @@ RAW = 255
 MIN_GAIN = 0.005
 """Share of its raw bytes that coding must save."""
 
-MIN_SYMBOLS = 64
-"""Fewer are not worth a table."""
+MIN_SYMBOLS = 4096
+"""Fewer are not worth a table, nor the time to find one."""
 
 TABLE_COUNTS = (1, 4, 16, 64)
 MAX_SPREAD_TABLES = 16

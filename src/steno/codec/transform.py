@@ -11,7 +11,7 @@ Cost: for N tokens of C channels 4 N C² FLOPs to encode, 2 N C² to decode, C <
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -56,21 +56,26 @@ class Frame:
     @property
     def inverse(self) -> Tensor:
         """`[C, C]` fp32: values without their mean, times this, are numbers in steps."""
-        matrix = self.scales.float().diag() if self.basis is None else self.scales.float()[:, None] * self.basis.float()
-        return torch.linalg.inv(matrix)
+        steps = self.scales.float()
+        if self.basis is None:
+            return steps.reciprocal().diag()
+        basis = self.basis.float()
+        # it is nearly orthogonal, so that Bᵀ (B Bᵀ)⁻¹ is exact enough, and sooner there than a general inverse
+        return basis.T @ torch.cholesky_inverse(torch.linalg.cholesky(basis @ basis.T)) / steps
 
-    def decode(self, numbers: Tensor, divisor: int, out: Tensor) -> None:
-        """Writes into `out` `[n, C]` fp32 the values of whole numbers `[n, C]` in units of a `divisor`-th of a step."""
+    def blocks(self, numbers: Tensor, divisor: int) -> Iterator[Tensor]:
+        """The values fp32 of whole numbers `[n, C]` in units of a `divisor`-th of a step, BLOCK_TOKENS at a time."""
         mean, scales = self.mean.float(), self.scales.float() / divisor
+        basis = None if self.basis is None else self.basis.float()
         is_even = bool((scales == scales[0]).all())
-        for block, place in zip(numbers.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS), strict=True):
-            if self.basis is None:
-                torch.addcmul(mean, block, scales, out=place)
+        for block in numbers.split(BLOCK_TOKENS) if len(numbers) else ():
+            if self.basis is None or basis is None:
+                yield torch.addcmul(mean, block, scales)
             elif is_even and block.dtype == torch.int8 and block.device.type == "cpu":
-                place.copy_(torch._int_mm(block, self.basis))  # exact, and four times as fast as in fp32
-                place.mul_(scales[0]).add_(mean)
+                # exact, and four times as fast as in fp32
+                yield torch._int_mm(block, self.basis).float().mul_(scales[0]).add_(mean)
             else:
-                torch.addmm(mean, block * scales, self.basis.float(), out=place)
+                yield torch.addmm(mean, block * scales, basis)
 
 
 @final
@@ -85,8 +90,8 @@ class Coded:
     refinements: tuple[Tensor, ...]
 
 
-def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[Tensor]) -> Tensor:
-    """The values `[n, C]` fp32 behind a `Coded`, or behind fewer of its refinements."""
+def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values fp32 behind a `Coded` of n tokens, or behind fewer of its refinements: `[m, C]` of some tokens at a time."""
     old = len(coarse) - len(recent)
     numbers, divisor = coarse[:old], 1
     newest = REFINEMENT * coarse[old:].int() + recent
@@ -94,10 +99,8 @@ def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[T
         numbers = REFINEMENT * numbers.int() + r[:old]
         newest = REFINEMENT * newest + r[old:]
         divisor *= REFINEMENT
-    out = torch.empty(coarse.shape, dtype=torch.float32, device=coarse.device)
-    frame.decode(numbers, divisor, out[:old])
-    frame.decode(newest, REFINEMENT * divisor, out[old:])
-    return out
+    yield from frame.blocks(numbers, divisor)
+    yield from frame.blocks(newest, REFINEMENT * divisor)
 
 
 def encode(x: Tensor, basis: Tensor | None, step: float, *, num_refinements: int) -> Coded:
@@ -138,7 +141,9 @@ def _quantized(x: Tensor, frame: Frame, num_refinements: int) -> Coded:
 def _nest(y: Tensor, places: Sequence[Tensor]) -> None:
     """Writes y `[n, C]` in steps as whole numbers, and refinements of them, the coarsest first, into places `[n, C]`."""
     fine = y.mul_(REFINEMENT ** (len(places) - 1)) if len(places) > 1 else y
-    numbers = fine.abs().add_(0.5 - DEAD_ZONE).floor_().copysign_(fine)
+    numbers = fine.add_(fine.sign(), alpha=0.5 - DEAD_ZONE)  # whole ones once what is behind the point is cut off
+    if len(places) > 1:
+        numbers = numbers.abs().floor_().copysign_(numbers)
     for place in reversed(places[1:]):
         coarser = (numbers / REFINEMENT).round_()
         place.copy_(numbers.sub_(coarser, alpha=REFINEMENT))

@@ -6,12 +6,14 @@ import ctypes
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from steno.errors import BadArgument, KernelError, nearest
 
 ISAS = ("portable", "avx2", "avx512", "vnni", "bf16")
 """In the order of the native numbers, slowest first."""
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 """Must equal `steno_abi_version()`: the layout of the arguments of every function."""
 
 LIBRARY_DIR = Path(__file__).parent
@@ -44,6 +46,11 @@ def number_of_isa(isa: str | None) -> int:
     if isa not in ISAS:
         raise BadArgument(f"unknown isa {isa!r}; {nearest(isa, ISAS)}")
     return ISAS.index(isa)
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    """Where the numbers of an array lie."""
+    return ctypes.c_void_p(array.__array_interface__["data"][0])  # a fifth of the time of array.ctypes.data
 
 
 def check_status(status: int, isa: str | None) -> None:

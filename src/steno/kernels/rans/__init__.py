@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
 
 import numpy as np
 
@@ -18,8 +21,39 @@ from .naive import SLOTS, STATES
 
 SYMBOLS = 256
 IMPLS = ("auto", "cpu", "naive")
-Runs = Sequence[tuple[int, int]] | np.ndarray
-"""Pairs of a length and a table, or int64 `[n, 2]`."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Runs that were checked: how many symbols, int64 `[n]`, and which of `num_tables` tables codes them, int32 `[n]`."""
+
+    lengths: np.ndarray
+    tables: np.ndarray
+    num_tables: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]] | np.ndarray, num_tables: int) -> Runs:
+        """Of pairs of a length and a table, or int64 `[n, 2]`; raises `BadArgument` for runs that there cannot be."""
+        found = np.asarray(pairs, np.int64).reshape(-1, 2)
+        wrong = (found[:, 0] < 0) | (found[:, 1] < 0) | (found[:, 1] >= num_tables)
+        if wrong.any():
+            length, table = found[wrong][0].tolist()
+            raise BadArgument(f"a run needs a length >= 0 and one of {num_tables} tables; got {length}, {table}.")
+        return cls(
+            lengths=np.ascontiguousarray(found[:, 0]), tables=found[:, 1].astype(np.int32), num_tables=num_tables
+        )
+
+    @cached_property
+    def num_symbols(self) -> int:
+        return int(self.lengths.sum())
+
+    def pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self.lengths.tolist(), self.tables.tolist(), strict=True))
+
+
+AnyRuns = Runs | Sequence[tuple[int, int]] | np.ndarray
+"""`Runs`, or what `Runs.of` takes."""
 
 STREAM_BYTES = 4 * STATES
 """Bytes of a stream beside its words."""
@@ -60,7 +94,7 @@ def histograms(rows: np.ndarray) -> np.ndarray:
     rows = np.ascontiguousarray(rows)
     counts = np.zeros((len(rows), SYMBOLS), np.int64)
     native.library().steno_rans_histograms(
-        _address(rows), ctypes.c_int64(len(rows)), ctypes.c_int64(rows.shape[1]), _address(counts)
+        native.address(rows), ctypes.c_int64(len(rows)), ctypes.c_int64(rows.shape[1]), native.address(counts)
     )
     return counts
 
@@ -74,7 +108,9 @@ def decode_tables(frequencies: np.ndarray) -> np.ndarray:
     _check_frequencies(frequencies)
     if native.why_missing() is None:
         frequencies, tables = np.ascontiguousarray(frequencies), np.empty((len(frequencies), SLOTS), np.uint32)
-        native.library().steno_rans_tables(_address(frequencies), ctypes.c_int64(len(frequencies)), _address(tables))
+        native.library().steno_rans_tables(
+            native.address(frequencies), ctypes.c_int64(len(frequencies)), native.address(tables)
+        )
         return tables
     return naive_tables(frequencies)
 
@@ -92,7 +128,7 @@ def naive_tables(frequencies: np.ndarray) -> np.ndarray:
 
 def encode(
     symbols: np.ndarray,
-    runs: Runs,
+    runs: AnyRuns,
     frequencies: np.ndarray,
     *,
     impl: str = "auto",
@@ -101,24 +137,24 @@ def encode(
     """The stream of symbols `[N]` uint8. runs: (length, table) that add up to N; frequencies: uint16 `[K, 256]`.
 
     impl: `cpu` (native), `naive`, or `auto`, the first that is there; the streams are the same. isa: of the native library,
-    default the best. Raises `BadArgument` for
-    runs that do not fit, or a symbol without a frequency in its table.
+    default the best. Raises `BadArgument` for runs that do not fit, or a symbol without a frequency in its table.
     """
     _check_frequencies(frequencies)
-    lengths, tables = _arrays(runs, len(frequencies))
-    if symbols.dtype != np.uint8 or symbols.ndim != 1 or len(symbols) != lengths.sum():
+    runs = _checked(runs, len(frequencies))
+    if symbols.dtype != np.uint8 or symbols.shape != (runs.num_symbols,):
         raise BadArgument(
-            f"symbols must be uint8 [N] with N = {lengths.sum()}, the sum of the runs; got {symbols.dtype} {[*symbols.shape]}."
+            f"symbols must be uint8 [N] with N = {runs.num_symbols}, the sum of the runs; got {symbols.dtype} {[*symbols.shape]}."
         )
     if _chosen(impl) == "naive":
-        return naive.encode(symbols, list(zip(lengths.tolist(), tables.tolist(), strict=True)), frequencies)
+        return naive.encode(symbols, runs.pairs(), frequencies)
     symbols, frequencies = np.ascontiguousarray(symbols), np.ascontiguousarray(frequencies)
     room = np.empty(STREAM_BYTES + 2 * len(symbols) + 64, np.uint8)
     encode_native = native.library().steno_rans_encode
     encode_native.restype = ctypes.c_int64
     num_bytes = encode_native(
-        _address(symbols), _address(lengths), _address(tables), ctypes.c_int64(len(lengths)), _address(frequencies),
-        _address(room), ctypes.c_int64(len(room)), ctypes.c_int32(native.number_of_isa(isa)),
+        native.address(symbols), native.address(runs.lengths), native.address(runs.tables), ctypes.c_int64(len(runs.lengths)),
+        native.address(frequencies),
+        native.address(room), ctypes.c_int64(len(room)), ctypes.c_int32(native.number_of_isa(isa)),
     )  # fmt: skip
     if num_bytes < 0:  # the room is enough for any symbols
         raise BadArgument("every symbol of a run needs a frequency in its table; got one that lacks it.")
@@ -127,7 +163,7 @@ def encode(
 
 def decode(
     stream: bytes | memoryview | np.ndarray,
-    runs: Runs,
+    runs: AnyRuns,
     tables: np.ndarray,
     *,
     impl: str = "auto",
@@ -140,15 +176,16 @@ def decode(
     """
     if tables.dtype != np.uint32 or tables.ndim != 2 or tables.shape[1] != SLOTS:
         raise BadArgument(f"tables must be uint32 [K, {SLOTS}]; got {tables.dtype} {[*tables.shape]}.")
-    lengths, of_runs = _arrays(runs, len(tables))
+    runs = _checked(runs, len(tables))
     if _chosen(impl) == "naive":
-        return naive.decode(bytes(stream), list(zip(lengths.tolist(), of_runs.tolist(), strict=True)), tables)
+        return naive.decode(bytes(stream), runs.pairs(), tables)
     data = np.ascontiguousarray(np.frombuffer(stream, np.uint8))
     tables = np.ascontiguousarray(tables)
-    symbols = np.empty(int(lengths.sum()), np.uint8)
+    symbols = np.empty(runs.num_symbols, np.uint8)
     status = native.library().steno_rans_decode(
-        _address(data), ctypes.c_int64(len(data)), _address(lengths), _address(of_runs), ctypes.c_int64(len(lengths)),
-        _address(tables), _address(symbols), ctypes.c_int32(native.number_of_isa(isa)),
+        native.address(data), ctypes.c_int64(len(data)), native.address(runs.lengths), native.address(runs.tables),
+        ctypes.c_int64(len(runs.lengths)),
+        native.address(tables), native.address(symbols), ctypes.c_int32(native.number_of_isa(isa)),
     )  # fmt: skip
     if status:
         raise DamagedFile("an entropy-coded stream does not decode to the symbols that it should have.")
@@ -171,15 +208,10 @@ def _chosen(impl: str) -> str:
     return impl
 
 
-def _arrays(runs: Runs, num_tables: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths int64 and tables int32 of runs; raises `BadArgument` for runs that there cannot be."""
-    pairs = np.asarray(runs, np.int64).reshape(-1, 2)
-    wrong = (pairs[:, 0] < 0) | (pairs[:, 1] < 0) | (pairs[:, 1] >= num_tables)
-    if wrong.any():
-        length, table = pairs[wrong][0].tolist()
-        raise BadArgument(f"a run needs a length >= 0 and one of {num_tables} tables; got {length}, {table}.")
-    return np.ascontiguousarray(pairs[:, 0]), pairs[:, 1].astype(np.int32)
-
-
-def _address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.__array_interface__["data"][0])  # a fifth of the time of array.ctypes.data
+def _checked(runs: AnyRuns, num_tables: int) -> Runs:
+    """Runs of these tables."""
+    if not isinstance(runs, Runs):
+        return Runs.of(runs, num_tables)
+    if runs.num_tables != num_tables:
+        raise BadArgument(f"these runs were made for {runs.num_tables} tables; got {num_tables}.")
+    return runs
