@@ -69,15 +69,17 @@ def normalize(counts: np.ndarray) -> np.ndarray:
     counts = np.where(totals > 0, counts, np.eye(1, SYMBOLS))
     scaled = counts * (SLOTS / counts.sum(1, keepdims=True))  # [K, 256]
     frequencies = np.maximum(np.floor(scaled), counts > 0)
-    for row, wanted, count in zip(frequencies, scaled, counts, strict=True):
-        left = SLOTS - int(row.sum())
-        if left > 0:
-            row[np.argsort(row - wanted, kind="stable")[:left]] += 1
-        while left < 0:  # rare symbols took more than their share; the others give where it costs least
+    left = SLOTS - frequencies.sum(1).astype(np.int64)
+    order = np.argsort(frequencies - scaled, axis=1, kind="stable")  # who has the least of its share gets more first
+    ranks = np.argsort(order, axis=1, kind="stable")
+    frequencies += ranks < left[:, None]
+    for i in np.flatnonzero(left < 0):  # rare symbols took more than their share; the others give where it costs least
+        row, count, missing = frequencies[i], counts[i], -left[i]
+        while missing > 0:
             cost = np.where(row > 1, count * np.log(np.maximum(row, 2) / np.maximum(row - 1, 1)), np.inf)
-            givers = np.argsort(cost, kind="stable")[: min(-left, int((row > 1).sum()))]
+            givers = np.argsort(cost, kind="stable")[: min(missing, int((row > 1).sum()))]
             row[givers] -= 1
-            left += len(givers)
+            missing -= len(givers)
     return frequencies.astype(np.uint16)
 
 
