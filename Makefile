@@ -39,8 +39,8 @@ slow: model
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests benchmarks setup.py
-	$(BIN)/ruff format --check src tests benchmarks setup.py
+	$(BIN)/ruff check src tests benchmarks examples setup.py
+	$(BIN)/ruff format --check src tests benchmarks examples setup.py
 	$(BIN)/mypy
 
 model: $(VENV)/.installed

@@ -43,15 +43,15 @@ class File:
 
     def group(self, group):
         arrays = {i: a for i, a in enumerate(self.header["arrays"]) if a["group"] == group}
-        planes = {i: np.zeros((WIDTHS[a["dtype"]], a["offsets"][-1], a["columns"]), np.uint8) for i, a in arrays.items()}
+        planes = {i: np.zeros((WIDTHS[a["dtype"]], a["offsets"][-1], a["columns"]), "u1") for i, a in arrays.items()}
         for _, chunk, *place in (c for c in self.header["chunks"] if c[0] == group):
             body, at = self.checked(*place), 0
             for i, array in arrays.items():
                 ends, tokens = array["offsets"], array["row_tokens"]
-                step = 256 // tokens if tokens else ends[-1]
-                rows = [slice(min(a + chunk * step, b), min((chunk + 1) * step + a, b)) for a, b in zip(ends, ends[1:])]
+                low = chunk * (n := 256 // tokens if tokens else ends[-1])
+                rows = [slice(min(a + low, b), min(a + low + n, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
                 if any(r.stop > r.start for r in rows):
-                    for plane, tables in zip(planes[i], self.tables[i]):
+                    for plane, tables in zip(planes[i], self.tables[i], strict=True):
                         at = read_plane(body, at, plane, array, rows, *tables)
         return {i: join(planes[i], array["dtype"]) for i, array in arrays.items()}
 
@@ -68,7 +68,7 @@ def read_plane(body, at, plane, array, rows, of_context, frequencies):
         at += size
     num_raw, order = int(lengths.sum()) - len(symbols), np.argsort(of_context, kind="stable")
     symbols = np.concatenate([symbols, np.frombuffer(body, np.uint8, num_raw, at)])
-    for context, part in zip(order.tolist(), np.split(symbols, np.cumsum(lengths[order])[:-1])):
+    for context, part in zip(order.tolist(), np.split(symbols, np.cumsum(lengths[order])[:-1]), strict=True):
         head, column = divmod(context, per_head)
         plane[rows[head], column * width : (column + 1) * width] = part.reshape(-1, width)
     return at + num_raw
@@ -77,12 +77,11 @@ def read_plane(body, at, plane, array, rows, of_context, frequencies):
 def rans(stream, runs, frequencies):
     states = np.frombuffer(stream, "<u4", 32).astype(np.int64)
     words, at, found = np.frombuffer(stream, "<u2", offset=128).astype(np.int64), 0, [np.zeros(0, np.uint8)]
-    for length, frequency in zip(runs, frequencies):
+    for length, frequency in zip(runs, frequencies, strict=True):
         symbol_of_slot, starts = np.repeat(np.arange(256), frequency), np.cumsum(frequency) - frequency
         for first in range(0, length, 32):
             x = states[: min(32, length - first)]
-            slot = x & 4095
-            symbols = symbol_of_slot[slot]
+            symbols = symbol_of_slot[slot := x & 4095]
             x[:] = frequency[symbols] * (x >> 12) + slot - starts[symbols]
             low = np.flatnonzero(x < 65536)
             x[low], at = x[low] << 16 | words[at : at + len(low)], at + len(low)
@@ -105,10 +104,10 @@ def join(planes, dtype):
 
 def pages(fields, own, side, dim):
     """The keys or values `[P * 64, D]` of pages; side: "key" or "value"."""
-    bits, size, params = fields["bits"], fields[f"{side}_group"], own[f"{side}_params"]
+    b, size, params = fields["bits"], fields[f"{side}_group"], own[f"{side}_params"]
     rows, columns = (dim, 64) if side == "key" else (64, dim)
-    lines = own[f"{side}_codes"].reshape(len(params), -(-rows * bits // 32), -1, 16, 4)  # [P, groups, blocks, lane, i]
-    parts = np.stack([lines >> (j * bits) & (2**bits - 1) for j in range(8 // bits)], 2)  # [P, groups, j, blocks, lane, i]
+    lines = own[f"{side}_codes"].reshape(len(params), -(-rows * b // 32), -1, 16, 4)  # [P, groups, blocks, lane, i]
+    parts = np.stack([lines >> (j * b) & (2**b - 1) for j in range(8 // b)], 2)  # [P, groups, j, blocks, lane, i]
     codes = parts.transpose(0, 1, 2, 5, 3, 4).reshape(len(params), -1, lines.shape[2] * 16)[:, :rows, :columns]
     codes = codes.transpose(0, 2, 1) if side == "key" else codes  # [P, 64, D]
     if "codebook" in fields:
@@ -152,33 +151,34 @@ def read_layer(entry, arrays):
     heads, dim = range(entry["kv_heads"]), entry["head_dim"]
     positions = [np.arange(entry["seen_tokens"]) for _ in heads]
     if entry["kept"] is not None:
-        kept, after = np.unpackbits(arrays[entry["kept"]], axis=1, bitorder="little"), positions[0][entry["prompt_tokens"] :]
-        positions = [np.concatenate([np.flatnonzero(row), after]) for row in kept]
+        kept, size = np.unpackbits(arrays[entry["kept"]], axis=1, bitorder="little"), entry["prompt_tokens"]
+        positions = [np.concatenate([np.flatnonzero(row), positions[0][size:]]) for row in kept]
     found = [[[] for _ in heads] for _ in range(3)]
 
-    def add(offsets, *sides):
-        for into, x in zip(found, (*sides, np.zeros(len(sides[0])))):
+    def add(offsets, keys, values, logs=0):
+        for into, x in zip(found, (keys, values, np.broadcast_to(logs, len(keys))), strict=True):
             for h in heads:
                 into[h].append(np.asarray(x[offsets[h] : offsets[h + 1]], np.float32))
 
     if "coded" in entry:
         fields, lengths, first = entry["coded"], [len(p) for p in positions], [min(4, len(p)) for p in positions]
         add(np.cumsum([0, *first]), *(arrays[i] for i in fields["first"]))
-        others = [n - f for n, f in zip(lengths, first)]
-        rest = [coded(fields[side], arrays, others, dim) for side in ("keys", "values")]
+        others = [n - f for n, f in zip(lengths, first, strict=True)]
+        keys, values = (coded(fields[side], arrays, others, dim) for side in ("keys", "values"))
         if fields["frequencies"] is not None:
-            rest[0] = [rotated(x, p[f:], fields["frequencies"]) for x, p, f in zip(rest[0], positions, first)]
-        add(np.cumsum([0, *others]), *map(np.concatenate, rest))
+            keys = [rotated(x, p[f:], fields["frequencies"]) for x, p, f in zip(keys, positions, first, strict=True)]
+        add(np.cumsum([0, *others]), np.concatenate(keys), np.concatenate(values))
         if fields["log_counts"] is not None:
             found[2] = [[x] for x in np.split(arrays[fields["log_counts"]][:, 0], np.cumsum(lengths)[:-1])]
     for fields in entry.get("segments", []):
         own, offsets = {name: arrays[i] for name, i in fields["arrays"].items()}, np.array(fields["offsets"])
-        logs = [own["log_counts"].reshape(-1)] if "log_counts" in own else []
+        logs = own["log_counts"].reshape(-1) if "log_counts" in own else 0
         if fields["form"] == "pages":
             own |= {"keys": pages(fields, own, "key", dim), "values": pages(fields, own, "value", dim)}
-        add(offsets * (64 if fields["form"] == "pages" else 1), own["keys"], own["values"], *logs)
+        add(offsets * (64 if fields["form"] == "pages" else 1), own["keys"], own["values"], logs)
     if "tail" in entry:
-        add(np.arange(len(heads) + 1) * (len(arrays[entry["tail"][0]]) // len(heads)), *(arrays[i] for i in entry["tail"]))
+        keys, values = (arrays[i] for i in entry["tail"])
+        add(np.arange(len(heads) + 1) * (len(keys) // len(heads)), keys, values)
     return [positions] + [[np.concatenate(x) for x in side] for side in found]
 
 
@@ -196,4 +196,5 @@ def read(path, refinements=None):
 
 if __name__ == "__main__":
     header, tokens, layers = read(sys.argv[1])
-    print(f"{header['model']['name']}, {header['recipe']}, {header['level']}: {len(tokens)} tokens, {len(layers)} layers")
+    what = header["model"]["name"], header["recipe"], header["level"]
+    print(*what, f"{len(tokens)} tokens", f"{len(layers)} layers", sep=", ")
