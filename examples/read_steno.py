@@ -172,10 +172,11 @@ def read_layer(entry, arrays):
             found[2] = [[x] for x in np.split(arrays[fields["log_counts"]][:, 0], np.cumsum(lengths)[:-1])]
     for fields in entry.get("segments", []):
         own, offsets = {name: arrays[i] for name, i in fields["arrays"].items()}, np.array(fields["offsets"])
+        form, turn = fields["form"].removeprefix("hadamard "), own.get("basis", np.eye(dim, dtype=np.float32)).T
         logs = own["log_counts"].reshape(-1) if "log_counts" in own else 0
-        if fields["form"] == "pages":
+        if form == "pages":
             own |= {"keys": pages(fields, own, "key", dim), "values": pages(fields, own, "value", dim)}
-        add(offsets * (64 if fields["form"] == "pages" else 1), own["keys"], own["values"], logs)
+        add(offsets * (64 if form == "pages" else 1), own["keys"] @ turn, own["values"] @ turn, logs)
     if "tail" in entry:
         keys, values = (arrays[i] for i in entry["tail"])
         add(np.arange(len(heads) + 1) * (len(keys) // len(heads)), keys, values)
@@ -196,5 +197,4 @@ def read(path, refinements=None):
 
 if __name__ == "__main__":
     header, tokens, layers = read(sys.argv[1])
-    what = header["model"]["name"], header["recipe"], header["level"]
-    print(*what, f"{len(tokens)} tokens", f"{len(layers)} layers", sep=", ")
+    print(header["model"]["name"], header["recipe"], header["level"], f"{len(tokens)} tokens", f"{len(layers)} layers")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from steno.cli.ask import DEFAULT_RECIPE
 from steno.cli.main import run
 from tiny import save_with_bytes
 
@@ -36,6 +37,19 @@ def call(place: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return call
+
+
+def test_what_the_default_recipe_makes_can_be_stored_and_saved(
+    call: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [told] = call("put")
+    assert told["stored_tokens"] == 0
+    assert call("put")[0]["stored_tokens"] == told["tokens"]
+    document, out, machine = tmp_path / "text.txt", tmp_path / "a.steno", ["--model", str(model), "--dtype", "fp32"]
+    assert run(["read", str(document), "--out", str(out), *machine]) == 0
+    capsys.readouterr()
+    assert run(["ask", "he?", "--context", str(out), "--max-new-tokens", "5", "--json", *machine]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == DEFAULT_RECIPE
 
 
 def test_what_was_put_is_listed_asked_and_got(call: Any, place: Path, model: Path, tmp_path: Path, capsys: Any) -> None:

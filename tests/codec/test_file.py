@@ -15,9 +15,13 @@ import torch
 
 import steno
 from steno.cache.accounting import tensors_of
+from steno.cache.segment import DenseSegment
+from steno.cache.transformed import TransformedSegment
 from steno.codec.cache import read_tokens
 from steno.codec.container import ALIGNMENT, MAGIC, PREFIX, FileWriter, SavedFile, digest
+from steno.codec.forms import build_segment, store_segment
 from steno.errors import BadArgument, CacheError, DamagedFile
+from steno.methods.transform.hadamard import hadamard_basis
 from tiny import save_with_bytes
 
 DOCUMENT = "The key is under the third stone, says Ms. Q; é € 😀. " * 9
@@ -25,6 +29,7 @@ RECIPES = [
     "full", "int8", "int4", "kivi(bits=2)", "snapkv(window=16) @ 40%",
     "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "kvzip | adakv @ 40%",
     "fp8", "nvfp4", "q4_0", "int4 | quest", "int4 | double_sparsity", "int4 | sentencekv",
+    "hadamard @ 100%", "hadamard | kivi(bits=2)", "shorthand @ 60%",
 ]  # fmt: skip
 
 
@@ -84,12 +89,28 @@ def test_a_question_that_was_read_is_answered(lm: Any, tmp_path: Path) -> None:
 def test_what_a_file_cannot_hold_is_refused_before_a_byte_is_written(lm: Any, tmp_path: Path) -> None:
     for recipe, words in [
         ("tova @ 100", "evicts at every step"),
-        ("hadamard | int4", "another basis"),
+        ("think | int4", "another basis"),
+        ("palu | int4", "yet"),
         ("minicache", "yet"),
     ]:
         with pytest.raises(CacheError, match=words):
             lm.read(DOCUMENT, recipe).save(tmp_path / "a.steno")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rotation_that_is_not_ours_is_refused() -> None:
+    inner = DenseSegment(keys=torch.ones(3, 16), values=torch.ones(3, 16), offsets=(0, 1, 3))
+    rotated = TransformedSegment(inner=inner, basis=hadamard_basis(16, 16, torch.device("cpu")))
+    name, stored = store_segment(rotated)
+    tensors = {key: matrix.rows for key, matrix in stored.matrices.items()}
+    back = build_segment(name, stored.fields, tensors, num_kv_heads=2, head_dim=16)
+    assert isinstance(back, TransformedSegment)
+    assert back.basis is rotated.basis
+    for basis in (-tensors["basis"], tensors["basis"][:8], tensors["basis"] * float("nan")):
+        with pytest.raises(DamagedFile):
+            build_segment(name, stored.fields, {**tensors, "basis": basis}, num_kv_heads=2, head_dim=16)
+    with pytest.raises(DamagedFile, match="hadamard hadamard"):
+        build_segment(f"hadamard {name}", stored.fields, tensors, num_kv_heads=2, head_dim=16)
 
 
 def test_another_model_is_refused(saved: Path, tmp_path: Path) -> None:

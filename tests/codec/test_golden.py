@@ -78,6 +78,7 @@ def test_another_reader_reads_the_same(name: str, refinements: int | None, confi
     header, tokens, layers = module(READER).read(GOLDEN / f"{name}.steno", refinements)
     assert tokens == read_tokens(SavedFile(GOLDEN / f"{name}.steno"))
     own, is_exact = opened(name, config, refinements), header["level"] == "lossless"
+    close = 1e-5 if "hadamard" in header["recipe"] else 1e-6  # a rotation adds numbers up, in an order of its own
     assert len(layers) == len(own)
     for (positions, keys, values, counts), heads in zip(layers, own, strict=True):
         assert [len(p) for p in positions] == [len(k) for k in keys] == [len(c) for c in counts]
@@ -85,7 +86,7 @@ def test_another_reader_reads_the_same(name: str, refinements: int | None, confi
             for a, b in ((k, k2), (v, v2)):
                 # a level is decoded in floats, in an order of additions that the format leaves open, and rounded to bfloat16
                 np.testing.assert_allclose(
-                    b, a, rtol=1e-6 if is_exact else 2e-2, atol=1e-6 if is_exact else 2e-2 * a.std()
+                    b, a, rtol=close if is_exact else 2e-2, atol=close if is_exact else 2e-2 * a.std()
                 )
 
 

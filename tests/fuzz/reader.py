@@ -19,7 +19,7 @@ from steno.models.kvcache import KVCache
 from tiny import save_with_bytes
 
 TEXT = "The key is under the third stone, says Ms. Q. "
-RECIPES = ("snapkv(window=16) | adakv | kivi(bits=4) @ 60%", "full", "int8")
+RECIPES = ("snapkv(window=16) | adakv | kivi(bits=4) @ 60%", "full", "int8", "hadamard | int4")
 FIXED_BYTES = 8 << 20
 """What a reader may take beside four times the declared size: tables of the decoder, Python's own objects."""
 

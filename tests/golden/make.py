@@ -31,6 +31,7 @@ FILES = {
     "fp8": ("fp8", "lossless", 0, "bf16"),
     "nvfp4": ("nvfp4", "lossless", 0, "bf16"),
     "q4_0": ("q4_0", "lossless", 0, "bf16"),
+    "rotated": ("snapkv(window=16) | adakv | hadamard | int4 @ 50%", "lossless", 0, "bf16"),
     "q1": ("full", "q1", 0, "bf16"),
     "q3": ("full", "q3", 0, "bf16"),
     "q5-refined": ("full", "q5", 2, "bf16"),

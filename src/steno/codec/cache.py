@@ -16,7 +16,7 @@ from steno.cache.segment import DenseSegment
 from steno.cache.tail import Tail
 from steno.cache.write import SegmentWriter
 from steno.codec.container import FileWriter, SavedFile
-from steno.codec.forms import Matrix, build_segment, expect, store_segment
+from steno.codec.forms import Matrix, bases_of, build_segment, check_bases, expect, store_segment
 from steno.codec.lossy import Plan, read_coded, refinement_group, store_coded
 from steno.codec.quality import MAX_REFINEMENTS
 from steno.codec.rotation import Rotation
@@ -104,11 +104,7 @@ def _store_layers(writer: FileWriter, layers: Sequence[LayerCache]) -> list[dict
 def _store_layer(writer: FileWriter, layer: LayerCache) -> dict[str, Any]:
     idx, rows = layer.layer_idx, layer.content
     assert isinstance(rows, PagedRows), "it is savable"
-    if rows.rows[0].bases:
-        raise CacheError(
-            "a lossless file cannot hold segments in another basis yet; save with a quality from q1 to q5, or read with a "
-            "recipe without a transform."
-        )
+    check_bases(rows.rows[0].bases)
     keys, values = rows.tail.row(0)
     num_heads, num_tail, head_dim = keys.shape
     return _common(writer, layer) | {
@@ -216,6 +212,7 @@ def _restore_layer(
         for fields in entry["segments"]:
             parts = {name: tensors[i] for name, i in fields["arrays"].items()}
             row.segments.append(build_segment(fields["form"], fields, parts, num_kv_heads=heads, head_dim=dim))
+        row.bases = bases_of(layer.policy.transforms, dim, device)
         keys, values = (tensors[i] for i in entry["tail"])
         num_tail = len(keys) // heads
         keys, values = (expect(x, (heads * num_tail, dim), dtype).reshape(heads, num_tail, dim) for x in (keys, values))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from steno.cache.segment import DenseSegment, PagedSegment, Segment
+from steno.cache.transformed import Basis, MatrixBasis, TransformedSegment
 from steno.errors import BadArgument, CacheError, DamagedFile
 from steno.kernels.quant import Pages, page_bytes
 from steno.kernels.quant.codebooks import CODEBOOKS
 from steno.kernels.quant.packing import code_bytes
+from steno.methods.transform.hadamard import Hadamard, hadamard_basis, rotation_on
 from steno.types import PAGE_TOKENS, PageFormat
 
 
@@ -144,10 +146,14 @@ FORMS: Mapping[type[Segment], tuple[str, Form]] = MappingProxyType({
     PagedSegment: ("pages", Form(store=_store_pages, build=_build_pages)),
 })  # fmt: skip
 _BY_NAME = MappingProxyType(dict(FORMS.values()))
+ROTATED = "hadamard "
+"""Before the name of a form: what it holds lies in the basis of the Hadamard rotation."""
 
 
 def store_segment(segment: Segment) -> tuple[str, Stored]:
-    """The name of its form and the segment in it; raises `CacheError` for a class that has none."""
+    """The name of its form and the segment in it; raises `CacheError` for a class, or a basis, that has none."""
+    if isinstance(segment, TransformedSegment):
+        return _store_rotated(segment)
     if type(segment) not in FORMS:
         known = ", ".join(cls.__name__ for cls in FORMS)
         raise CacheError(f"a file can hold {known}, and no {type(segment).__name__} yet; save with another recipe.")
@@ -155,14 +161,61 @@ def store_segment(segment: Segment) -> tuple[str, Stored]:
     return name, form.store(segment)
 
 
+def check_bases(bases: Sequence[Basis]) -> None:
+    """Raises `CacheError` if segments in these bases have no form."""
+    if len(bases) > 1 or any(_rotation_of(basis) is None for basis in bases):
+        raise CacheError(
+            "a lossless file cannot hold segments in another basis than that of hadamard yet; save with a quality from q1 to "
+            "q5, or read with another recipe."
+        )
+
+
+def bases_of(transforms: Sequence[object], head_dim: int, device: torch.device) -> tuple[Basis, ...]:
+    """Those that later tokens of a row change to; raises ValueError if no file can hold what the transforms make."""
+    if not transforms:
+        return ()
+    if len(transforms) > 1 or not isinstance(transforms[0], Hadamard):
+        raise ValueError("its recipe has a transform that no lossless file can hold")
+    return (hadamard_basis(head_dim, head_dim, device),)
+
+
+def _store_rotated(segment: TransformedSegment) -> tuple[str, Stored]:
+    check_bases(segment.bases)
+    name, stored = store_segment(segment.inner)
+    matrix = _rotation_of(segment.basis)
+    assert matrix is not None, "it was checked"
+    basis = Matrix(rows=matrix, offsets=(0, len(matrix)), row_tokens=0, context_columns=len(matrix))
+    return ROTATED + name, Stored(fields=stored.fields, matrices={**stored.matrices, "basis": basis})
+
+
+def _rotation_of(basis: Basis) -> Tensor | None:
+    """The matrix `[D, D]` of the Hadamard rotation if the basis is that; None for any other."""
+    if not isinstance(basis, MatrixBasis):
+        return None
+    matrix = rotation_on(basis.key_matrix.shape[-1], basis.key_matrix.device)
+    same = all(torch.equal(x, matrix[None]) for x in (basis.key_matrix, basis.value_matrix))
+    return matrix if same else None
+
+
+def _in_rotation(inner: Segment, basis: Tensor, head_dim: int) -> Segment:
+    """The matrix stands in the file for other readers, and must be the one that we know."""
+    known = hadamard_basis(head_dim, head_dim, basis.device)
+    expect(basis, (head_dim, head_dim), torch.float32)
+    if not torch.allclose(basis, known.key_matrix[0], rtol=0, atol=1e-6):
+        raise ValueError("the file has another Hadamard rotation than this steno")
+    return TransformedSegment(inner=inner, basis=known)
+
+
 def build_segment(
     name: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, num_kv_heads: int, head_dim: int
 ) -> Segment:
     """A stored segment; raises `DamagedFile` if it fits no form, or not this model's heads."""
     try:
-        if name not in _BY_NAME:
+        form = _BY_NAME.get(name.removeprefix(ROTATED))
+        if form is None:
             raise ValueError(f"this steno knows no segments of the form {name!r}")
-        return _BY_NAME[name].build(fields, tensors, num_kv_heads, head_dim)
+        segment = form.build(fields, tensors, num_kv_heads, head_dim)
+        return _in_rotation(segment, tensors["basis"], head_dim) if name.startswith(ROTATED) else segment
     except (KeyError, TypeError, ValueError, BadArgument) as error:
         raise DamagedFile(f"a segment cannot be read: {str(error)[:300]}.") from None
 

@@ -64,11 +64,12 @@ class Hadamard:
     def fit(self, tokens: KeptTokens) -> Basis:
         """The rotation of these widths, whatever the tokens."""
         keys, values = tokens.keys[0], tokens.values[0]
-        return _basis(keys.shape[1], values.shape[1], keys.device)
+        return hadamard_basis(keys.shape[1], values.shape[1], keys.device)
 
 
 @lru_cache(maxsize=16)
-def _basis(key_dim: int, value_dim: int, device: torch.device) -> Basis:
+def hadamard_basis(key_dim: int, value_dim: int, device: torch.device) -> MatrixBasis:
+    """The rotation of keys and values of these widths, the same object for all who ask."""
     return MatrixBasis(key_matrix=rotation_on(key_dim, device)[None], value_matrix=rotation_on(value_dim, device)[None])
 
 
