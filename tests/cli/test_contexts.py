@@ -34,6 +34,19 @@ def test_asking_a_saved_context_is_asking_the_document(saved: Path, tiny_folder:
         assert from_file[name] == from_text[name]
 
 
+def test_only_a_saved_context_is_replaced(saved: Path, tiny_folder: Path, capsys) -> None:
+    document = saved.with_suffix(".txt")
+    argv = ["read", str(document), "--model", str(tiny_folder), "--recipe", "int4", "--out"]
+    assert run([*argv, str(saved)]) == 0
+    capsys.readouterr()
+    for out in (document, saved.parent):
+        assert run([*argv, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error
+        assert error.count("\n") == 1
+    assert document.read_text() == TEXT
+
+
 def test_info_and_verify_need_no_model(saved: Path, capsys) -> None:
     assert run(["info", str(saved), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

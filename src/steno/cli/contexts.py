@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steno.codec.container import SavedFile
+from steno.codec.container import MAGIC, SavedFile
 from steno.codec.identity import recipe_of
-from steno.errors import DamagedFile
+from steno.errors import BadArgument, DamagedFile
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -30,6 +30,20 @@ def describe(name: str) -> dict[str, Any]:
         "layers": num_layers(header),
         "chunks": len(header["chunks"]),
     }
+
+
+def check_out(name: str) -> None:
+    """Raises BadArgument if a context must not be written there: of files only saved contexts are replaced."""
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            raise BadArgument(f"cannot write {name}: it is a folder; name a file.")
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise BadArgument(f"{name} is there already and no saved context; name another file.")
+    except OSError as error:
+        raise BadArgument(f"cannot write {name}: {error.strerror or error}.") from None
 
 
 def num_layers(header: dict[str, Any]) -> int:

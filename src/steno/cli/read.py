@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from steno.cli.contexts import check_out
     from steno.cli.show import megabytes, progress_bar
     from steno.codec.quality import check_quality
     from steno.recipe import parse_recipe
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = parse_recipe(arguments.recipe)  # a typing mistake is told before anything is loaded
     check_quality(arguments.quality, arguments.refinements)
+    check_out(arguments.out)
     document = read_document(arguments.document)
     lm = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     with progress_bar() as progress:

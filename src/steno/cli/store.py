@@ -110,8 +110,10 @@ def _put(arguments: argparse.Namespace, store: Store) -> int:
 
 
 def _get(arguments: argparse.Namespace, store: Store) -> int:
+    from steno.cli.contexts import check_out
     from steno.cli.show import megabytes
 
+    check_out(arguments.out)
     lm, shelf, document = _shelf(arguments, store)
     present = {entry.name for entry in store.entries()}
     needed = shelf.needed
