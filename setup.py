@@ -78,7 +78,19 @@ native = Extension(
     sources=[
         str(CSRC / f"{name}.cpp")
         # those that take longest first
-        for name in ("vnni", "bf16", "avx512", "avx2", "portable", "dispatch", "dense", "encode", "gather", "rans", "bytes")
+        for name in (
+            "vnni",
+            "bf16",
+            "avx512",
+            "avx2",
+            "portable",
+            "dispatch",
+            "dense",
+            "encode",
+            "gather",
+            "rans",
+            "bytes",
+        )
     ],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],
     language="c++",
