@@ -48,6 +48,8 @@ from transformers import DynamicCache
 from transformers.utils import is_optimum_quanto_available
 
 import steno
+from steno.cache.transformed import MatrixBasis
+from steno.methods.transform.hadamard import hadamard_basis
 from steno.types import Need
 
 HOSTS = ("DynamicCache bfloat16", "DynamicCache float32", "QuantizedCache bfloat16", "QuantizedCache float32")
@@ -109,7 +111,7 @@ def repeated(contender: str, single: Any, config: Any, batch: int) -> Any:
         cache: Any = single.fork()
         cache.batch_repeat_interleave(batch)
         for layer in cache.own_layers:
-            layer.content.rows = [copy.deepcopy(row) for row in layer.content.rows]
+            layer.content.rows = [_copied(row) for row in layer.content.rows]
             layer.content = layer.content.select(list(range(batch)), layer.reading.shared)  # a table of the copies
     elif contender.startswith("QuantizedCache"):
         return quantized(copy.deepcopy(single), config, "quanto", batch)
@@ -120,6 +122,15 @@ def repeated(contender: str, single: Any, config: Any, batch: int) -> Any:
     if held < 0.99 * expected:
         raise RuntimeError(f"{batch} rows of {contender!r} must hold about {expected} bytes; they hold {held}.")
     return cache
+
+
+def _copied(row: Any) -> Any:
+    """A row in memory of its own, but for a basis that is no sequence's own: those that read apart share it, too."""
+    matrices = [basis for basis in row.bases if isinstance(basis, MatrixBasis)]
+    shared = [
+        b for b in matrices if b is hadamard_basis(len(b.key_matrix[0]), len(b.value_matrix[0]), b.key_matrix.device)
+    ]
+    return copy.deepcopy(row, {id(basis): basis for basis in shared})
 
 
 def kv_bytes(cache: Any) -> int:

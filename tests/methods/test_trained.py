@@ -18,7 +18,7 @@ from steno.methods.score.keyformer import Keyformer
 from steno.methods.score.locret import Locret
 from steno.methods.score.trim_kv import TrimKV
 
-QUIET = {"noise": False, "tau_init": 1.0, "tau_end": 1.0}
+QUIET = {"noise": False, "tau_init": 1.0, "tau_end": 1.0, "sampled": 10**6}
 
 
 def whole_layer(num_tokens: int, **kwargs: Any) -> tuple[Any, Any]:
@@ -39,6 +39,28 @@ def test_keyformer_without_noise_is_h2o(num_tokens: int, group: int, dim: int) -
     state = its.prefill_state(kv, obs)
     torch.testing.assert_close(mine.observe(state, weights, step=3), its.observe(state, weights, step=3))
     torch.testing.assert_close(mine.score(kv, obs), its.score(kv, obs), rtol=1e-4, atol=1e-5)
+
+
+def test_keyformer_sampled_queries_stand_for_all() -> None:
+    kv, obs = whole_layer(150, group=2)
+    queries = obs.queries.reshape(2, 2, 150, -1)
+    for count, last in ((1, [149]), (4, [36, 74, 111, 149])):
+        logits = queries[:, :, last] @ kv.keys[:, None].mT * obs.scaling  # [Hkv, G, count, S]
+        weights = logits.masked_fill(torch.arange(150) > torch.tensor(last)[:, None], -torch.inf).softmax(-1)
+        expected = weights.sum((1, 2)) * 150 / count
+        state = Keyformer(**QUIET | {"sampled": count}).prefill_state(kv, obs)
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(Keyformer(sampled=150).prefill_state(kv, obs), Keyformer(sampled=10**6).prefill_state(kv, obs))
+
+
+def test_keyformer_noise_is_gumbels() -> None:
+    torch.manual_seed(0)
+    method, logits, tau = Keyformer(), torch.randn(1, 6), 1.7
+    mine = method._noised_weights(logits.expand(200_000, 6), tau, method._generator(logits.device, 3))
+    gumbel = -torch.empty(200_000, 6).exponential_().log()
+    expected = ((logits + gumbel) / tau).softmax(-1)
+    for power in (1, 2):  # the same distribution: 5 standard errors of a mean of numbers from 0 to 1
+        assert (mine.pow(power).mean(0) - expected.pow(power).mean(0)).abs().max() < 5 * (0.5 / 200_000) ** 0.5
 
 
 def test_keyformer_temperature() -> None:

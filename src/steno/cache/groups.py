@@ -54,11 +54,13 @@ class SpanGroup:
 
         pages: the table to read if not all of it.
         """
-        out, lse = nothing(q)
         turned, table = self.turned(q), pages or self.table
         some, some_lse = attend(turned, table, scale=scale, softcap=softcap, causal=False)
-        out[self.rows] = turn_outputs(self.bases, some, table.num_kv_heads)
-        lse[self.rows] = some_lse
+        some = turn_outputs(self.bases, some, table.num_kv_heads)
+        if len(self.rows) == len(q):
+            return some, some_lse
+        out, lse = nothing(q)
+        out[self.rows], lse[self.rows] = some, some_lse
         return out, lse
 
     def turned(self, q: Tensor) -> Tensor:

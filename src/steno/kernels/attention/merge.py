@@ -20,8 +20,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     out `[..., D]` in the dtype of the first part, and lse `[...]`: `out = sum_i exp(lse_i - lse) out_i`; 0 and -inf if
     all parts are empty.
     """
-    stacked = torch.stack(list(lses))  # [parts, ...]
-    lse = stacked.logsumexp(dim=0)
-    weights = (stacked - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    parts = torch.stack([out.to(weights.dtype) for out in outs])
-    return (weights.unsqueeze(-1) * parts).sum(dim=0).to(outs[0].dtype), lse
+    out, lse = outs[0].to(torch.promote_types(outs[0].dtype, torch.float32)), lses[0]
+    for other, other_lse in zip(outs[1:], lses[1:], strict=True):
+        share = (other_lse - lse).sigmoid_().nan_to_num_(0.0)  # not a number where both are empty
+        out = torch.lerp(out, other.to(out.dtype), share.to(out.dtype).unsqueeze(-1))
+        lse = torch.logaddexp(lse, other_lse)
+    return out.to(outs[0].dtype), lse

@@ -51,9 +51,9 @@ class Codebook:
 def nearest_levels(x: Tensor, levels: Tensor) -> Tensor:
     """The index of the level nearest to each x; levels ascend, and a tie goes to the even index."""
     middles = (levels[1:] + levels[:-1]) / 2
-    below = torch.bucketize(x.contiguous(), middles)  # a tie stays at the lower index
-    tied = (below < len(middles)) & (x == middles[below.clamp(max=len(middles) - 1)])
-    return below + (tied & (below % 2 == 1))
+    # a tie stays at the lower index; a middle behind an odd one lies a little lower, so that a tie is beyond it
+    middles[1::2] = torch.nextafter(middles[1::2], middles.new_tensor(-torch.inf))
+    return torch.bucketize(x.contiguous(), middles)
 
 
 def _peak(groups: Tensor) -> Tensor:

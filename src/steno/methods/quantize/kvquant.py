@@ -92,13 +92,14 @@ def _fitted(low: Tensor, high: Tensor, key: Tensor, value: Tensor, layer_idx: in
 
 def value_frame(values: Tensor, outliers: float) -> tuple[Tensor, Tensor, Tensor]:
     """Which numbers of values `[n, D]` are outliers, `[n D]` bool, and the scale and middle `[n]` of the others of a token."""
-    away = (values - values.median(1, keepdim=True).values).abs()
+    medians = values.median(1, keepdim=True).values
     far = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    far[away.flatten().argsort(descending=True, stable=True)[: int(outliers * values.numel())]] = True
-    inside = torch.where(far.view(values.shape), torch.nan, values)
-    all_far = inside.isnan().all(1, keepdim=True)  # nothing is left of such a token: its middle stands for it
-    inside = torch.where(all_far, values.median(1, keepdim=True).values, inside)
-    low, high = inside.nan_to_num(torch.inf).amin(1), inside.nan_to_num(-torch.inf).amax(1)  # [n]
+    far[(values - medians).abs().flatten().topk(int(outliers * values.numel()), sorted=False).indices] = True
+    outside = far.view(values.shape)
+    # where nothing is left of a token, its middle stands for it
+    inside = torch.where(outside.all(1, keepdim=True), medians, values)
+    hidden = outside & ~outside.all(1, keepdim=True)
+    low, high = inside.masked_fill(hidden, torch.inf).amin(1), inside.masked_fill(hidden, -torch.inf).amax(1)  # [n]
     return far, as_half(((high - low) / 2).clamp(min=MIN_SCALE)), as_half((high + low) / 2)
 
 
