@@ -3,7 +3,7 @@
 Source: Adnan, Arunkumar, Jain, Nair, Soloveychik, Kamath, 2024, https://arxiv.org/abs/2403.09054; the authors' code.
 Differs: for grouped queries the noised attention is summed over the query heads of a KV head; recent and key tokens are
     shares of one budget that the recipe names, not of the prompt; of a long prompt `sampled` queries, evenly spread, stand
-    for all, each for its neighbours (None: all of them, as in the paper, at several times the price of the prompt);
+    for all, each for its neighbours (the paper takes them all, at several times the price of the prompt);
     eviction is at every step and really frees, where the authors' default file masks. Noise is drawn from `seed`,
     anew for every layer while the prompt is read and for every step after it, the same in all sequences;
     `anneal_tokens` stands for the length of the answer, which is not known here, and the temperature stays where it
