@@ -48,13 +48,6 @@ class Rotation:
             turn(x, cos, -sin)
         return found
 
-    def apply(self, heads: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
-        """Keys `[n_h, D]` rotated at positions `[n_h]`, fp32."""
-        found = [x.float() if x.dtype != torch.float32 else x.clone() for x in heads]
-        for x, where in zip(found, positions, strict=True):
-            turn(x, *self.angles(where.to(x.device)))
-        return found
-
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[n, R / 2]` fp32 of positions `[n]`."""
         if self._angles is None or not torch.equal(self._angles[0], positions):
