@@ -81,21 +81,25 @@ class Frame:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class InSteps:
-    """Values in the steps of a frame.
+    """Values in the steps of a frame. mean: `[C]` fp32; inverse: `[C, C]`, in whose dtype products are made."""
 
-    is_rough: multiply in bfloat16 where the processor can, twice as fast; what that is off adds at most 0.3 % to the error of
-    rounding to whole steps.
-    """
+    mean: Tensor
+    inverse: Tensor
 
-    def __init__(self, frame: Frame, *, is_rough: bool = False) -> None:
-        self._mean, self._inverse = frame.mean.float(), frame.inverse
-        if is_rough and frame.basis is not None and frame.basis.device.type == "cpu" and cpu_has_bfloat16():
-            self._inverse = self._inverse.bfloat16()
+    @classmethod
+    def of(cls, frame: Frame) -> InSteps:
+        return cls(mean=frame.mean.float(), inverse=frame.inverse)
+
+    def rough(self) -> InSteps:
+        """In bfloat16 where the processor multiplies it, twice as fast: 0.3 % more error than rounding to whole steps has."""
+        can = self.inverse.device.type == "cpu" and cpu_has_bfloat16()
+        return replace(self, inverse=self.inverse.bfloat16()) if can else self
 
     def __call__(self, values: Tensor) -> Tensor:
         """`[m, C]` fp32, a tensor of its own, of `[m, C]` of any kind."""
-        return ((values - self._mean).to(self._inverse.dtype) @ self._inverse).float()
+        return ((values - self.mean).to(self.inverse.dtype) @ self.inverse).float()
 
 
 @final
@@ -139,7 +143,7 @@ def encode(x: Tensor, basis: Tensor | None, step: float, *, num_refinements: int
 
 def _peaks(x: Tensor, frame: Frame) -> Tensor:
     """The largest of each component of values `[n, C]` in steps, `[C]`."""
-    in_steps = InSteps(frame)
+    in_steps = InSteps.of(frame)
     return torch.stack([in_steps(block).abs().amax(0) for block in x.split(BLOCK_TOKENS)]).amax(0)
 
 
@@ -147,9 +151,12 @@ def _quantized(x: Tensor, frame: Frame, num_refinements: int) -> Coded:
     num_old = max(0, len(x) - RECENT_TOKENS)
     coarse = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     refinements = [torch.empty_like(coarse) for _ in range(num_refinements)]
-    recent, in_steps = coarse[num_old:].clone(), InSteps(frame, is_rough=num_refinements == 0)
+    recent, exact = coarse[num_old:].clone(), InSteps.of(frame)
     for part, extra in ((slice(0, num_old), []), (slice(num_old, len(x)), [recent])):
         places = [coarse[part], *extra, *(r[part] for r in refinements)]  # the coarsest first
+        in_steps = (
+            exact.rough() if len(places) == 1 and frame.basis is not None else exact
+        )  # what is finer than a step needs exact products
         for block, *own in zip(*(t.split(BLOCK_TOKENS) for t in (x[part], *places)), strict=True):
             _nest(in_steps(block), own)
     return Coded(frame=frame, coarse=coarse, recent=recent, refinements=tuple(refinements))
