@@ -2,7 +2,8 @@
 
     {"model": folder, "dtype": "float32", "threads": 1}                         -> {"versions", "methods"}
     {"method": "snapkv", "share": 0.25, "tokens": [ids]}                         -> what reading them cost
-    {"given": [ids], "max_new_tokens", "end_tokens", "forced", "logprobs": file} -> what was decoded after them
+    {"given": [ids], "end_tokens", "forced": [ids] or null, "passes": [1, 1, …], "logprobs": file}
+                                                                                 -> what was decoded after them
 
 The worker holds the last text that it read; each decoding starts from there. It sees token ids alone, so that the
 tokenizer, the template and the scoring are the same for all. An error is answered as `{"error": words}`.
@@ -58,29 +59,36 @@ def fork(cache: Any) -> Any:
 
 
 def decode(model: Any, held: Held, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy steps after the given tokens, or the forced ones; log-probabilities `[n, V]` fp32 go to a file."""
+    """Greedy steps after the given tokens, or the forced ones; log-probabilities `[n, V]` fp32 go to a file.
+
+    Each pass is behind as many tokens as the request says, more than one only where they are forced. Seconds are those of
+    passes behind one token.
+    """
     cache, position, feed = fork(held.cache), held.num_tokens, request["given"]
     forced, ends = request["forced"], frozenset(request["end_tokens"])
     made: list[int] = []
     seconds, logprobs = [], []
-    for i in range(len(forced) if forced else request["max_new_tokens"]):
+    for count in request["passes"]:
+        wanted = forced[len(made) : len(made) + count] if forced else []
+        inputs, behind = feed + wanted[:-1], max(1, len(wanted))
         started = time.perf_counter()
         out = model(
-            input_ids=torch.tensor([feed]),
+            input_ids=torch.tensor([inputs]),
             past_key_values=cache,
-            position_ids=torch.arange(position, position + len(feed))[None],
+            position_ids=torch.arange(position, position + len(inputs))[None],
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=behind,
         )
-        logprob = out.logits[0, -1].float().log_softmax(-1)
-        token = forced[i] if forced else int(logprob.argmax())
-        seconds.append(time.perf_counter() - started)
+        logprob = out.logits[0, -behind:].float().log_softmax(-1)
+        tokens = wanted or [int(logprob[0].argmax())]
+        if behind == 1:
+            seconds.append(time.perf_counter() - started)
         logprobs.append(logprob)
-        position += len(feed)
-        made, feed = [*made, token], [token]
-        if not forced and token in ends:
+        position += len(inputs)
+        made, feed = made + tokens, tokens[-1:]
+        if len(made) == len(forced) if forced else tokens[0] in ends:
             break
-    np.save(request["logprobs"], torch.stack(logprobs).numpy())
+    np.save(request["logprobs"], torch.cat(logprobs).numpy())
     kv_bytes = held_bytes(cache)
     return {
         "token_ids": made,

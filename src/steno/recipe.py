@@ -290,6 +290,11 @@ class Recipe:
         return cast(Evictor, self.score) if self.score is not None and self.score.evicts_while_decoding else None
 
     @property
+    def acts_at_each_step(self) -> bool:
+        """Whether it does something in every step of decoding: evicts tokens, or chooses which are read."""
+        return self.evictor is not None or (self.access is not None and not self.access.reads_all)
+
+    @property
     def reader(self) -> Reader | None:
         """The scorer, if it can evict while a prompt is read."""
         return cast(Reader, self.score) if self.score is not None and self.score.id in READERS else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, final
 
@@ -18,8 +19,8 @@ from steno.codec.container import SavedFile
 from steno.codec.identity import HowRead, about_model, check_model, how_read, recipe_of
 from steno.codec.lossy import Plan
 from steno.codec.quality import LOSSLESS, LayerWeights, check_quality
-from steno.decode.loop import Step, decode_steps
-from steno.decode.sampler import GREEDY, Sampler, Sampling, forced
+from steno.decode.loop import Step, decode_steps, forced_steps
+from steno.decode.sampler import GREEDY, Sampler, Sampling
 from steno.decode.text import sentence_ends, with_text
 from steno.errors import BadArgument, DamagedChunk, PromptError, RecipeError, StenoWarning
 from steno.methods import KVzip
@@ -471,24 +472,33 @@ class Context:
         answer = self._decode(list(given), sampling.sampler(), max_new_tokens, lm.end_tokens, keep_logprobs)
         return Answer(with_text(answer, lm.detokenize, end_tokens=lm.end_tokens, stop=stop), answer.cache)
 
-    def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str = "") -> Answer:
+    def follow_answer(
+        self,
+        answer: Sequence[int],
+        question: str | None,
+        *,
+        answer_prefix: str = "",
+        passes: Iterable[int] = repeat(1),
+    ) -> Answer:
         """Teacher forcing: the steps that decode just these tokens as the answer, with the log-probabilities behind each.
 
-        Token by token, as decoding goes, so that pages, eviction and page selection take part as they would there.
-        Arguments and errors as in `ask`.
+        passes: how many tokens each step takes. One, as decoding goes, lets eviction and page selection take part as they
+        would there; where the recipe does neither (`Recipe.acts_at_each_step`) more are faster, and the newest tokens
+        become pages a little later. Other arguments and errors as in `ask`.
         """
-        return self._follow(self._turn(question, answer_prefix), answer)
+        return self._follow(self._turn(question, answer_prefix), answer, passes)
 
-    def follow_text(self, continuation: Sequence[int]) -> Answer:
+    def follow_text(self, continuation: Sequence[int], *, passes: Iterable[int] = repeat(1)) -> Answer:
         """Teacher forcing of text that goes on where the document ends; the first token is given, the others are steps.
 
+        passes: as in `follow_answer`.
         Raises PromptError if there are fewer than two tokens, or they do not fit the model's positions.
         """
         if len(continuation) < 2:
             raise PromptError(
                 f"a continuation needs at least 2 tokens, one given and one to predict; got {continuation}."
             )
-        return self._follow(list(continuation[:1]), continuation[1:])
+        return self._follow(list(continuation[:1]), continuation[1:], passes)
 
     def _turn(self, question: str | None, answer_prefix: str) -> list[int]:
         """Tokens from the end of what was read to the first of the answer."""
@@ -502,14 +512,22 @@ class Context:
         asked = [] if question is None else lm.question_tokens(question)
         return asked + lm.tokenize(lm.template.after + answer_prefix)
 
-    def _follow(self, new: list[int], tokens: Sequence[int]) -> Answer:
-        return self._decode(new, forced(tokens), len(tokens), frozenset(), keep_logprobs=True)
+    def _follow(self, new: list[int], tokens: Sequence[int], passes: Iterable[int]) -> Answer:
+        cache = self._fork(len(new), len(tokens))
+        steps = forced_steps(
+            self.lm.model, cache, new, tokens, passes=passes, announce=lambda ids: cache.announce([ids])
+        )
+        return Answer(steps, cache)
+
+    def _fork(self, num_new: int, max_new_tokens: int) -> KVCache:
+        """A cache to go on with; raises PromptError if that does not fit the model's positions."""
+        self.lm.check_length(len(self.tokens) + num_new, max_new_tokens)
+        return self.cache.fork()
 
     def _decode(
         self, new: list[int], sampler: Sampler, max_new_tokens: int, end_tokens: frozenset[int], keep_logprobs: bool
     ) -> Answer:
-        self.lm.check_length(len(self.tokens) + len(new), max_new_tokens)
-        cache = self.cache.fork()
+        cache = self._fork(len(new), max_new_tokens)
         steps = decode_steps(
             self.lm.model,
             cache,

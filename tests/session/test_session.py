@@ -270,6 +270,28 @@ def test_following_its_own_answer_gives_the_same_log_probabilities(load: Callabl
     assert torch.equal(torch.cat([step.logprobs for step in followed]), torch.cat(own))
 
 
+@pytest.mark.parametrize("recipe", ["full", "snapkv(window=16) @ 60%", "int8"])
+def test_following_several_tokens_in_a_pass_gives_the_same(load: Callable[..., Any], recipe: str) -> None:
+    lm = load()
+    ctx = lm.read(DOCUMENT, recipe)
+    tokens = lm.tokenize("So it goes. " * 30)[:40]
+    one = torch.cat([step.logprobs for step in ctx.follow_answer(tokens, QUESTION)])
+    steps = list(ctx.follow_answer(tokens, QUESTION, passes=[1, 1, 7, 16, 64]))
+    assert [len(step.token_ids) for step in steps] == [1, 1, 7, 16, 15]
+    assert [token for step in steps for token in step.token_ids] == tokens
+    # a page that is full closes at the end of a pass, so it may be read in whole numbers a little later
+    assert torch.allclose(torch.cat([step.logprobs for step in steps]), one, atol=1e-2 if recipe == "int8" else 1e-4)
+    assert not list(ctx.follow_answer([], QUESTION))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "acts"),
+    [("full", False), ("snapkv | kivi @ 50%", False), ("all", False), ("tova @ 100", True), ("int8 | quest", True)],
+)
+def test_what_acts_at_each_step(recipe: str, acts: bool) -> None:
+    assert steno.parse_recipe(recipe).acts_at_each_step == acts
+
+
 @pytest.mark.parametrize(
     "access",
     [

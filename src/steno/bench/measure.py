@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Protocol, final
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from steno.bench.tasks.task import Instance, Query, Task
 from steno.errors import BadArgument
 from steno.session import Answer, Context, LanguageModel, ReadReport
+
+TIMED_STEPS, FORCED_AT_ONCE = 16, 8
+"""Forced tokens that come one by one, as in decoding, and how many come at once after them."""
 
 
 @final
@@ -66,7 +70,8 @@ class Measurement:
 class Spoken:
     """The steps of one answer, gathered. ttft_s: to the first token; step_s: each later one. logprobs `[n, V]` fp32.
 
-    kv_bytes: held after the last step; kv_bytes_peak: the most until then.
+    A step of several tokens, which only forcing takes, has no time of a token. kv_bytes: held after the last step;
+    kv_bytes_peak: the most until then.
     """
 
     text: str
@@ -79,14 +84,17 @@ class Spoken:
 
     @classmethod
     def of(cls, answer: Answer) -> Spoken:
-        text, ids, logprobs, times = "", list[int](), list[Tensor](), [time.perf_counter()]
+        text, ids, logprobs, seconds = "", list[int](), list[Tensor](), list[float]()
+        last = time.perf_counter()
         for step in answer:
             text += step.text
             if step.logprobs is not None:
-                times.append(time.perf_counter())
+                now = time.perf_counter()
+                if len(step.token_ids) == 1:
+                    seconds.append(now - last)
+                last = now
                 ids += step.token_ids
                 logprobs.append(step.logprobs)
-        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
         return cls(
             text=text,
             token_ids=ids,
@@ -96,6 +104,11 @@ class Spoken:
             kv_bytes=answer.cache.kv_bytes,
             kv_bytes_peak=answer.cache.kv_bytes_peak,
         )
+
+
+def forced_passes() -> Iterator[int]:
+    """How many forced tokens each pass takes: first one, as long as it takes to time them, then several at once."""
+    return chain(repeat(1, TIMED_STEPS), repeat(FORCED_AT_ONCE))
 
 
 class Reading(Protocol):
@@ -128,10 +141,14 @@ class OwnReading:
         return Spoken.of(answer)
 
     def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str) -> Spoken:
-        return Spoken.of(self.context.follow_answer(answer, question, answer_prefix=answer_prefix))
+        passes = self._passes()
+        return Spoken.of(self.context.follow_answer(answer, question, answer_prefix=answer_prefix, passes=passes))
 
     def follow_text(self, continuation: Sequence[int]) -> Spoken:
-        return Spoken.of(self.context.follow_text(continuation))
+        return Spoken.of(self.context.follow_text(continuation, passes=self._passes()))
+
+    def _passes(self) -> Iterator[int]:
+        return repeat(1) if self.context.cache.recipe.acts_at_each_step else forced_passes()
 
 
 def own(lm: LanguageModel, recipe: str) -> Read:
@@ -200,7 +217,7 @@ def _follow(
     result: Measurement,
     traces: list[Trace],
 ) -> float:
-    """The continuation, forced token by token: the geometric mean of the true tokens' probabilities."""
+    """The continuation, forced: the geometric mean of the true tokens' probabilities."""
     reading = read(instance.context, None)
     result.reports.append(reading.report())
     continuation = lm.tokenize(instance.continuation, literal=True)

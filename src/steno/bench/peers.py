@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, final
@@ -20,7 +21,7 @@ from typing import IO, Any, final
 import numpy as np
 import torch
 
-from steno.bench.measure import Reading, Spoken
+from steno.bench.measure import Reading, Spoken, forced_passes
 from steno.bench.rows import PEER
 from steno.errors import BadArgument, RecipeError, StenoError, nearest
 from steno.recipe import Budget
@@ -232,9 +233,11 @@ class PeerReading:
         return asked + self.lm.tokenize(self.lm.template.after + answer_prefix)
 
     def _decode(self, given: list[int], max_new_tokens: int, forced: Sequence[int] | None) -> Spoken:
+        # nothing that a peer does here is done at every step
+        passes = list(islice(forced_passes(), max_new_tokens)) if forced is not None else [1] * max_new_tokens
         said = self.worker.call({
-            "given": given, "max_new_tokens": max_new_tokens, "end_tokens": sorted(self.lm.end_tokens),
-            "forced": None if forced is None else list(forced), "logprobs": str(self.worker.logprobs),
+            "given": given, "end_tokens": sorted(self.lm.end_tokens),
+            "forced": None if forced is None else list(forced), "passes": passes, "logprobs": str(self.worker.logprobs),
         })  # fmt: skip
         ids = said["token_ids"]
         return Spoken(

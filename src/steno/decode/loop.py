@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, final
 
 import torch
@@ -83,6 +84,35 @@ def decode_steps(
         if nfe == 1 and drafting:
             cache.activate_past_recording()
         pending, drafts = [accepted[-1]], proposer(tokens)[: max_new_tokens - made - 1]
+
+
+def forced_steps(
+    model: Any,
+    cache: Any,
+    new_tokens: Sequence[int],
+    answer: Sequence[int],
+    *,
+    passes: Iterable[int] = repeat(1),
+    announce: Callable[[list[int]], None] | None = None,
+) -> Iterator[Step]:
+    """Teacher forcing: decodes just the tokens of `answer`, with the log-probabilities behind each. Mutates the cache.
+
+    passes: how many tokens of the answer each forward pass is behind; as many of them as it takes. announce: as in
+    `decode_steps`.
+    """
+    pending, left, sizes, nfe = list(new_tokens), list(answer), iter(passes), 0
+    while left:
+        count = next(sizes)
+        wanted, left = left[:count], left[count:]
+        inputs = pending + wanted[:-1]
+        if announce is not None:
+            announce(inputs)
+        ids = torch.tensor([inputs], dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=len(wanted)).logits[0]  # [n, V]
+        nfe += 1
+        yield Step(token_ids=tuple(wanted), logprobs=logits.float().log_softmax(-1), nfe=nfe)
+        pending = wanted[-1:]
 
 
 def _accept(

@@ -106,9 +106,3 @@ class Sampling:
 
 
 GREEDY = Sampling()
-
-
-def forced(tokens: Sequence[int]) -> Sampler:
-    """Draws the given tokens one after the other, whatever the logits say: teacher forcing."""
-    left = iter(tokens)
-    return lambda logits, history: next(left)

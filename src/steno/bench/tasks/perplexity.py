@@ -1,6 +1,6 @@
 """Text that goes on: perplexity of 256 tokens after the context, and the drift from the full cache on each of them.
 
-Tokens are forced one by one as decoding goes, so the recipe takes part as it would there. The score is 1 / perplexity, the
+Tokens are forced through the loop that decodes, so the recipe takes part as it would there. The score is 1 / perplexity, the
 geometric mean of the probability of the true token: between 0 and 1, more is better. `perplexity:FILE` takes the text
 from a file instead of the Python language reference.
 """
