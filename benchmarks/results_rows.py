@@ -1,14 +1,16 @@
 """Measure the rows of docs/results.md: every recipe of result_recipes.py on its tasks, written as they are done.
 
-Goes on where it stopped: what is there already is skipped. A recipe that refuses a prompt (a window longer than its budget,
-say) and a peer that fails are told and left out. Exit status: 0 all was measured or refused, 1 a peer failed or is not
-installed, 2 the file has rows of something else.
+The budget at which every task is measured comes first, then the others. Goes on where it stopped: what is there already is
+skipped. A recipe that refuses a prompt (a window longer than its budget, say) and a peer that fails are told and left out.
+Exit status: 0 all was measured or refused, 1 a peer failed or is not installed, 2 the file has rows of something else.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -16,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
 
 from benchmarks.common import notice
-from benchmarks.result_recipes import CONTEXTS, DTYPE, MODEL, SEED, TASKS, wanted
+from benchmarks.result_recipes import CONTEXTS, DTYPE, MIDDLE, MODEL, SEED, TASKS, wanted
 
 import steno
 from steno.bench.peers import PeerError, PeerMethod, Peers
@@ -47,17 +49,17 @@ def present(path: Path, experiment: tuple[str, str, str, int]) -> list[Row]:
     return rows
 
 
-def groups(lm: LanguageModel, peers: Peers) -> tuple[list[Group], bool]:
-    """What is to be measured, the shortest first; whether a peer is missing."""
+def groups(lm: LanguageModel, peers: Peers, contexts: Sequence[int], tasks: Sequence[str]) -> tuple[list[Group], bool]:
+    """What is to be measured, what tells most first; whether a peer is missing."""
     found, missing = [], set()
-    for context in CONTEXTS:
-        for task, samples in TASKS.items():
-            texts = wanted(task)
+    for first, context, task in product((True, False), contexts, tasks):
+        texts = [entry for entry in wanted(task) if (entry.budget in (None, MIDDLE)) == first]
+        if texts:
             others = [PeerMethod.parse(entry.text) for entry in texts if entry.is_peer]
             missing |= {method.project for method in others if not peers.installed(method.project)}
             [group] = plan_groups(
                 lm, recipes=[], peers=[str(m) for m in others if peers.installed(m.project)], tasks=[task],
-                contexts=[context], protocols=["unseen"], samples=samples, seed=SEED,
+                contexts=[context], protocols=["unseen"], samples=TASKS[task], seed=SEED,
             )  # fmt: skip
             recipes = tuple(entry.text for entry in texts if not entry.is_peer)
             found.append(
@@ -98,13 +100,15 @@ def measure(bench: Bench, group: Group, recipes: list[str], path: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"bench-{MODEL}.jsonl", metavar="FILE")
+    parser.add_argument("--context", action="append", type=int, choices=CONTEXTS, help="only this length; repeatable")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; repeatable")
     args = parser.parse_args()
     lm = steno.load(MODEL, dtype=DTYPE)
     subject = Subject.of(lm, MODEL, SEED)
     done = {key(row) for row in present(args.out, subject.experiment)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with Peers() as peers:
-        planned, failed = groups(lm, peers)
+        planned, failed = groups(lm, peers, args.context or CONTEXTS, args.task or list(TASKS))
         bench = Bench(subject=subject, peers=peers)
         for group in planned:
             keys = {
