@@ -47,7 +47,13 @@ def test_rows_report_and_json(bench: Any, tmp_path: Path, capsys: pytest.Capture
     assert bench(*TWO, *SHORT, "--task", "niah", "--out", tmp_path / "out") == 2
     assert "has rows already: go on with --resume" in capsys.readouterr().err
     assert bench(*TWO, *SHORT, "--task", "niah", "--out", tmp_path / "out", "--resume") == 0
-    assert "2 rows are there already, 0 are left" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 rows are there already, 0 are left" in said
+    assert "has all rows" in said
+    (tmp_path / "out" / "report.md").unlink()
+    assert bench(*TWO, *SHORT, "--task", "niah", "--out", tmp_path / "out", "--resume") == 0
+    assert "report.md" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.md").exists()
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
     assert bench(*TWO, *SHORT, "--task", "niah", "--seed", "1", "--out", tmp_path / "out", "--resume") == 2
     assert "rows of another run (row 1: seed 0 instead of 1)" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from steno.bench.cluster import Spec, run_on_ray
 from steno.bench.compare import compare
 from steno.bench.peers import PeerError, PeerMethod, Peers
 from steno.bench.plan import Group, plan_groups
-from steno.bench.report.write import can_draw, write_report
+from steno.bench.report.write import can_draw, is_current, write_report
 from steno.bench.rows import PEER, ROWS_FILE, Row, read_rows
 from steno.bench.run import Bench, Tick, open_rows, run, todo, work_tokens
 from steno.bench.summary import Subject
@@ -174,6 +174,9 @@ def _measure(
 
 
 def _report(out: Path, rows: Sequence[Row]) -> None:
+    if is_current(out):
+        print(f"steno: the report in {out} has all rows", file=sys.stderr)
+        return
     written = write_report(out, rows)
     print(f"steno: wrote {', '.join(map(str, written))}", file=sys.stderr)
     if not can_draw():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steno.bench.report.markdown import markdown
-from steno.bench.rows import Row
+from steno.bench.rows import ROWS_FILE, Row
 
 NEEDED = ("altair", "vl_convert")
 
@@ -22,6 +22,13 @@ def write_report(out: Path, rows: Sequence[Row]) -> list[Path]:
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     return [out / name for name in texts]
+
+
+def is_current(out: Path) -> bool:
+    """Whether the report of a folder was written after its last row."""
+    names = ("report.md", "report.html") if can_draw() else ("report.md",)
+    written = [(out / name).stat().st_mtime_ns for name in names if (out / name).is_file()]
+    return len(written) == len(names) and min(written) > (out / ROWS_FILE).stat().st_mtime_ns
 
 
 def can_draw() -> bool:
