@@ -90,6 +90,7 @@ native = Extension(
             "gather",
             "rans",
             "bytes",
+            "frame",
         )
     ],
     depends=[str(path) for path in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.inl"))]],

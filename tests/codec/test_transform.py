@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from steno.codec import transform
-from steno.codec.rotation import Rotation, turn
+from steno.codec.rotation import Rotation
+from steno.codec.transform import Moments, Side
 
 
 def correlated(n: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -15,9 +16,16 @@ def correlated(n: int, channels: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, channels, generator=generator) @ mixing.T + 3
 
 
+def encoded(x: torch.Tensor, basis: torch.Tensor | None, step: float, num_refinements: int = 0) -> transform.Coded:
+    side = Side([x])
+    mean = torch.cat(Moments.of(side).means)
+    return transform.encode(side, mean, basis, step, num_refinements=num_refinements)
+
+
 def decoded(coded: transform.Coded, count: int) -> torch.Tensor:
-    blocks = transform.decode(coded.frame, coded.coarse, coded.recent, coded.refinements[:count])
-    return torch.cat([coded.coarse[:0].float(), *blocks])
+    out = torch.full(coded.coarse.shape, torch.nan)
+    transform.decode(coded.frame, coded.coarse, coded.recent, coded.refinements[:count], Side([out]))
+    return out
 
 
 @pytest.mark.parametrize("has_basis", [True, False])
@@ -25,9 +33,9 @@ def decoded(coded: transform.Coded, count: int) -> torch.Tensor:
 def test_errors_are_below_the_step(has_basis: bool, n: int) -> None:
     x, step = correlated(n, 24), 0.05
     for refinements in (0, 1, 2):
-        basis = transform.fit(transform.Moments.of([x]), 1e-4)[1][0] if has_basis else None
+        basis = transform.fit(Moments.of(Side([x])), 1e-4)[1][0] if has_basis else None
         assert n < 500 or (basis is not None) == has_basis
-        coded = transform.encode(x, basis, step, num_refinements=refinements)
+        coded = encoded(x, basis, step, refinements)
         assert len(coded.refinements) == refinements
         for count in range(refinements + 1):
             wanted = step * 3 ** (refinements - count)
@@ -43,7 +51,7 @@ def test_errors_are_below_the_step(has_basis: bool, n: int) -> None:
 def test_a_number_beyond_eight_bits_makes_its_component_coarser_and_no_other() -> None:
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     x[7, 3] = 500.0
-    coded = transform.encode(x, None, 0.05, num_refinements=0)
+    coded = encoded(x, None, 0.05)
     doubled = coded.frame.scales / coded.frame.scales.min()
     assert doubled.tolist() == [1, 1, 1, 128, 1, 1, 1, 1]
     assert (decoded(coded, 0)[7, 3] - 500).abs() < 128 * 0.05
@@ -52,25 +60,25 @@ def test_a_number_beyond_eight_bits_makes_its_component_coarser_and_no_other() -
 
 
 def test_a_basis_is_used_where_it_saves_more_than_it_costs() -> None:
+    def heads_of_a_basis(heads: list[torch.Tensor]) -> int:
+        return transform.fit(Moments.of(Side(heads)), 0.1)[0]
+
     noise = torch.randn(2, 3000, 16, generator=torch.Generator().manual_seed(0))
-    assert transform.fit(transform.Moments.of(list(noise)), 0.1)[0] == 0
-    assert (
-        transform.fit(transform.Moments.of(list(correlated(3000, 32).reshape(3000, 2, 16).transpose(0, 1))), 0.1)[0]
-        == 2
-    )
+    assert heads_of_a_basis(list(noise)) == 0
+    assert heads_of_a_basis(list(correlated(3000, 32).reshape(3000, 2, 16).transpose(0, 1))) == 2
     apart = [correlated(3000, 16, seed) for seed in (1, 2)]
-    assert transform.fit(transform.Moments.of(apart), 0.1)[0] == 1
-    assert transform.fit(transform.Moments.of([x[:20] for x in apart]), 0.1)[0] == 0
-    assert transform.fit(transform.Moments.of([apart[0], apart[1][:2000]]), 0.1)[0] == 1
+    assert heads_of_a_basis(apart) == 1
+    assert heads_of_a_basis([x[:20] for x in apart]) == 0
+    assert heads_of_a_basis([apart[0], apart[1][:2000]]) == 1
 
 
-def test_rotation_is_undone() -> None:
+def test_rotation_is_undone_and_done_again() -> None:
     x, rotation = torch.randn(2, 50, 12), Rotation([1.0, 0.3, 0.1, 0.01])
-    positions = [torch.arange(50), torch.arange(50) * 20]
-    there = [head.clone() for head in x]
-    for head, where in zip(there, positions, strict=True):
-        turn(head, *rotation.angles(where))
-    assert torch.equal(there[0][:, 8:], x[0, :, 8:])
-    assert not torch.allclose(there[1], x[1], atol=0.1)
-    for a, b in zip(rotation.undo(there, positions), x, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    angles = [rotation.angles(where) for where in (torch.arange(50), torch.arange(50) * 20)]
+    there = Side([torch.empty(50, 12) for _ in x], angles)
+    there.put(slice(None), torch.cat(list(x), 1))
+    assert torch.equal(there.heads[0][:, 8:], x[0, :, 8:])
+    assert not torch.allclose(there.heads[1], x[1], atol=0.1)
+    torch.testing.assert_close(there.rows(slice(None)), torch.cat(list(x), 1), atol=1e-5, rtol=1e-5)
+    part = there.of_tokens(slice(7, 30)).of_heads(1, 1)
+    torch.testing.assert_close(part.rows(slice(2, 5)), x[1, 9:12], atol=1e-5, rtol=1e-5)

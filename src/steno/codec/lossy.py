@@ -20,9 +20,9 @@ from steno.codec import transform
 from steno.codec.container import FileWriter
 from steno.codec.forms import expect
 from steno.codec.quality import LayerWeights
-from steno.codec.rotation import Rotation, turn
+from steno.codec.rotation import Rotation
 from steno.codec.tables import Tables
-from steno.codec.transform import Coded
+from steno.codec.transform import Coded, Moments, Side
 
 NAMES = ("keys", "values")
 
@@ -56,10 +56,13 @@ def store_coded(
     keys, values = [k for k, _ in heads], [v for _, v in heads]
     num_first = [min(transform.FIRST_TOKENS, len(k)) for k in keys]
     first = [torch.cat([x[:n] for x, n in zip(side, num_first, strict=True)]) for side in (keys, values)]
+    rest = [[x[n:] for x, n in zip(side, num_first, strict=True)] for side in (keys, values)]
+    angles = []
     if rotation is not None:
-        keys = rotation.undo(keys, content.positions(0, layer.row_seen[0]))
-    sides = [[x[n:] for x, n in zip(side, num_first, strict=True)] for side in (keys, values)]
-    moments = [transform.Moments.of(side) for side in sides]
+        positions = zip(content.positions(0, layer.row_seen[0]), num_first, strict=True)
+        angles = [rotation.angles(where[n:].to(keys[0].device)) for where, n in positions]
+    sides = [Side(rest[0], angles), Side(rest[1])]
+    moments = [Moments.of(side) for side in sides]
     steps = plan.weights.steps(plan.quality, layer_idx, [m.deviation for m in moments])
     offsets = _offsets(num_first)
     fields: dict[str, Any] = {
@@ -74,8 +77,10 @@ def store_coded(
     }
     for name, side, of_side, step in zip(NAMES, sides, moments, steps, strict=True):
         together, bases = transform.fit(of_side, step)
-        pairs = zip(transform.join_heads(side, max(1, together)), bases, strict=True)
-        coded = [transform.encode(x, basis, step, num_refinements=plan.refinements) for x, basis in pairs]
+        size, coded = max(1, together), []
+        for h, basis in zip(range(0, len(keys), size), bases, strict=True):
+            mean = torch.cat(of_side.means[h : h + size])
+            coded.append(transform.encode(side.of_heads(h, size), mean, basis, step, num_refinements=plan.refinements))
         fields[name] = _store_side(writer, coded, layer_idx, num_layers) | {"heads_together": together}
     return fields
 
@@ -155,8 +160,9 @@ def read_coded(
             head[: len(x)] = x
         rest = [head[n:] for head, n in zip(heads, num_first, strict=True)]
         turned = rotation if name == "keys" else None
-        where = [p[n:].to(like.device) for p, n in zip(positions, num_first, strict=True)]
-        _read_side(fields[name], tensors, rest, where, turned)
+        where = zip(positions, num_first, strict=True)
+        angles = [] if turned is None else [turned.angles(p[n:].to(like.device)) for p, n in where]
+        _read_side(fields[name], tensors, Side(rest, angles))
         sides.append(side)
     counts = None
     if fields["log_counts"] is not None:
@@ -165,15 +171,9 @@ def read_coded(
     return DenseSegment(keys=sides[0], values=sides[1], offsets=tuple(offsets), counts=counts)
 
 
-def _read_side(
-    fields: Mapping[str, Any],
-    tensors: Mapping[int, Tensor],
-    out: Sequence[Tensor],
-    positions: Sequence[Tensor],
-    rotation: Rotation | None,
-) -> None:
-    """Writes keys or values into `out` `[n_h, D]` of each head; those with a rotation stand at positions `[n_h]`."""
-    lengths, dim = [len(x) for x in out], out[0].shape[1]
+def _read_side(fields: Mapping[str, Any], tensors: Mapping[int, Tensor], side: Side) -> None:
+    """Writes keys or values to their places."""
+    lengths, dim = [len(x) for x in side.heads], side.heads[0].shape[1]
     together = fields["heads_together"]
     if type(together) is not int or not 0 <= together <= len(lengths) or len(lengths) % max(1, together):
         raise ValueError(f"{together!r} of {len(lengths)} heads cannot have a basis together")
@@ -196,25 +196,7 @@ def _read_side(
     for p in range(num_parts):
         own = None if basis is None else basis[p * width : (p + 1) * width]
         frame = transform.Frame(mean=mean[p], scales=scales[p], basis=own)
-        heads = slice(p * size, (p + 1) * size)
-        angles = None if rotation is None else _angles(rotation, positions[heads])
-        at = 0
-        for block in transform.decode(frame, coarse[p], newest[p], [r[p] for r in finer]):
-            tokens = slice(at, at + len(block))
-            x = block.unflatten(1, (size, dim))  # [m, heads, D]
-            if angles is not None:
-                turn(x, angles[0][tokens], angles[1][tokens])
-            for h, place in enumerate(out[heads]):
-                place[tokens] = x[:, h]
-            at += len(block)
-
-
-def _angles(rotation: Rotation, positions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[n, heads, R / 2]` of heads at positions `[n]`; `[n, 1, R / 2]` if all stand at the same ones."""
-    if all(torch.equal(where, positions[0]) for where in positions[1:]):
-        positions = positions[:1]
-    cos, sin = zip(*(rotation.angles(where) for where in positions), strict=True)
-    return torch.stack(cos, 1), torch.stack(sin, 1)
+        transform.decode(frame, coarse[p], newest[p], [r[p] for r in finer], side.of_heads(p * size, size))
 
 
 def _numbers(rows: Tensor, lengths: Sequence[int], width: int, offset: int) -> tuple[Tensor, ...]:

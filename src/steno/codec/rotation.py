@@ -40,14 +40,6 @@ class Rotation:
             raise ValueError(f"a rotation of {2 * len(value)} channels does not fit heads of dimension {head_dim}")
         return cls(value)
 
-    def undo(self, heads: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
-        """What keys `[n_h, D]` at positions `[n_h]` were before rotation, fp32."""
-        found = [x.float() if x.dtype != torch.float32 else x.clone() for x in heads]
-        for x, where in zip(found, positions, strict=True):
-            cos, sin = self.angles(where.to(x.device))
-            turn(x, cos, -sin)
-        return found
-
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[n, R / 2]` fp32 of positions `[n]`."""
         if self._angles is None or not torch.equal(self._angles[0], positions):

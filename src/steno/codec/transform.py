@@ -18,6 +18,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from steno.codec.rotation import turn
+from steno.kernels import frame as fused
 from steno.models.load import cpu_has_bfloat16
 
 DEAD_ZONE = 0.1
@@ -43,6 +45,46 @@ BLOCK_TOKENS = 512
 """So many are coded at a time, which keeps what lies between in the processor's own memory."""
 
 
+def blocks(num_tokens: int) -> Iterator[slice]:
+    """Slices of at most BLOCK_TOKENS tokens."""
+    return (slice(at, at + BLOCK_TOKENS) for at in range(0, num_tokens, BLOCK_TOKENS))
+
+
+@final
+@dataclass(frozen=True)
+class Side:
+    """Keys or values of some heads, `[n, D]` of each, of as many tokens where they are side by side.
+
+    angles: of each head cosines and sines fp32 `[n, R / 2]`, by which it is turned; empty: none is.
+    """
+
+    heads: Sequence[Tensor]
+    angles: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def of_heads(self, first: int, count: int) -> Side:
+        """Some of the heads."""
+        return Side(self.heads[first : first + count], self.angles[first : first + count])
+
+    def of_tokens(self, where: slice) -> Side:
+        """Some of the tokens, as views."""
+        return Side([x[where] for x in self.heads], [(cos[where], sin[where]) for cos, sin in self.angles])
+
+    def rows(self, where: slice) -> Tensor:
+        """Tokens of all heads side by side before they were turned, `[m, C]` fp32, a tensor of its own."""
+        rows = torch.cat([x[where] for x in self.heads], 1).float()
+        for part, (cos, sin) in zip(rows.chunk(len(self.heads), 1), self.angles, strict=False):
+            turn(part, cos[where], -sin[where])
+        return rows
+
+    def put(self, where: slice, rows: Tensor) -> None:
+        """Writes such rows, turned, to their places; they are changed."""
+        parts = rows.chunk(len(self.heads), 1)
+        for part, (cos, sin) in zip(parts, self.angles, strict=False):
+            turn(part, cos[where], sin[where])
+        for place, part in zip(self.heads, parts, strict=True):
+            place[where] = part
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Frame:
@@ -65,19 +107,23 @@ class Frame:
         # it is nearly orthogonal, so that Bᵀ (B Bᵀ)⁻¹ is exact enough, and sooner there than a general inverse
         return basis.T @ torch.cholesky_inverse(torch.linalg.cholesky(basis @ basis.T)) / steps
 
-    def blocks(self, numbers: Tensor, divisor: int) -> Iterator[Tensor]:
-        """The values fp32 of whole numbers `[n, C]` in units of a `divisor`-th of a step, BLOCK_TOKENS at a time."""
+    def write(self, numbers: Tensor, divisor: int, side: Side) -> None:
+        """Writes the values of whole numbers `[n, C]`, in units of a `divisor`-th of a step, into a side of n tokens."""
         mean, scales = self.mean.float(), self.scales.float() / divisor
-        basis = None if self.basis is None else self.basis.float()
-        is_even = bool((scales == scales[0]).all())
-        for block in numbers.split(BLOCK_TOKENS) if len(numbers) else ():
-            if self.basis is None or basis is None:
-                yield torch.addcmul(mean, block, scales)
-            elif is_even and block.dtype == torch.int8 and block.device.type == "cpu":
+        basis, is_whole = self.basis, numbers.dtype == torch.int8 and bool((scales == scales[0]).all())
+        if basis is not None and is_whole and fused.can_fuse(side.heads):
+            fused.decode(numbers, basis, float(scales[0]), mean, side.heads, side.angles)
+            return
+        for where in blocks(len(numbers)):
+            block = numbers[where]
+            if basis is None:
+                values = torch.addcmul(mean, block, scales)
+            elif is_whole and block.device.type == "cpu":
                 # exact, and four times as fast as in fp32
-                yield torch._int_mm(block, self.basis).float().mul_(scales[0]).add_(mean)
+                values = torch._int_mm(block, basis).float().mul_(scales[0]).add_(mean)
             else:
-                yield torch.addmm(mean, block * scales, basis)
+                values = torch.addmm(mean, block * scales, basis.float())
+            side.put(where, values)
 
 
 @final
@@ -114,8 +160,8 @@ class Coded:
     refinements: tuple[Tensor, ...]
 
 
-def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The values fp32 behind a `Coded` of n tokens, or behind fewer of its refinements: `[m, C]` of some tokens at a time."""
+def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[Tensor], side: Side) -> None:
+    """Writes the values behind a `Coded` of n tokens, or behind fewer of its refinements, into a side of n tokens."""
     old = len(coarse) - len(recent)
     numbers, divisor = coarse[:old], 1
     newest = REFINEMENT * coarse[old:].int() + recent
@@ -123,83 +169,97 @@ def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[T
         numbers = REFINEMENT * numbers.int() + r[:old]
         newest = REFINEMENT * newest + r[old:]
         divisor *= REFINEMENT
-    yield from frame.blocks(numbers, divisor)
-    yield from frame.blocks(newest, REFINEMENT * divisor)
+    frame.write(numbers, divisor, side.of_tokens(slice(0, old)))
+    frame.write(newest, REFINEMENT * divisor, side.of_tokens(slice(old, None)))
 
 
-def encode(x: Tensor, basis: Tensor | None, step: float, *, num_refinements: int) -> Coded:
-    """Codes values `[n, C]` in a basis of `fit` with a step of `step` in all directions after all refinements."""
-    coarsest, channels = step * REFINEMENT**num_refinements, x.shape[1]
-    scale = coarsest if basis is None else coarsest / _basis_unit(channels)
-    mean = (sample(x).mean(0) if len(x) else x.new_zeros(channels)).bfloat16()
+def encode(side: Side, mean: Tensor, basis: Tensor | None, step: float, *, num_refinements: int) -> Coded:
+    """Codes values in a basis of `fit` with a step of `step` in all directions after all refinements. mean: `[C]`."""
+    coarsest, num_tokens = step * REFINEMENT**num_refinements, len(side.heads[0])
+    scale = coarsest if basis is None else coarsest / _basis_unit(len(mean))
+    mean = mean.bfloat16()
     frame = Frame(mean=mean, scales=torch.full_like(mean, scale), basis=basis)
-    coded = _quantized(x, frame, num_refinements)
-    if len(x) and int(torch.maximum(coded.coarse.amax(), -coded.coarse.amin())) >= LARGEST:  # some may have been cut
+    coded = _quantized(side, frame, num_refinements)
+    if (
+        num_tokens and int(torch.maximum(coded.coarse.amax(), -coded.coarse.amin())) >= LARGEST
+    ):  # some may have been cut
         # doubled until it fits: exact in bfloat16, and the other components keep their step
-        doubled = torch.exp2((_peaks(x, frame) / LARGEST).clamp(min=1.0).log2().ceil())
-        coded = _quantized(x, replace(frame, scales=frame.scales * doubled.bfloat16()), num_refinements)
+        doubled = torch.exp2((_peaks(side, frame) / LARGEST).clamp(min=1.0).log2().ceil())
+        coded = _quantized(side, replace(frame, scales=frame.scales * doubled.bfloat16()), num_refinements)
     return coded
 
 
-def _peaks(x: Tensor, frame: Frame) -> Tensor:
-    """The largest of each component of values `[n, C]` in steps, `[C]`."""
+def _peaks(side: Side, frame: Frame) -> Tensor:
+    """The largest of each component in steps, `[C]`."""
     in_steps = InSteps.of(frame)
-    return torch.stack([in_steps(block).abs().amax(0) for block in x.split(BLOCK_TOKENS)]).amax(0)
+    return torch.stack([in_steps(side.rows(where)).abs().amax(0) for where in blocks(len(side.heads[0]))]).amax(0)
 
 
-def _quantized(x: Tensor, frame: Frame, num_refinements: int) -> Coded:
-    num_old = max(0, len(x) - RECENT_TOKENS)
-    coarse = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def _quantized(side: Side, frame: Frame, num_refinements: int) -> Coded:
+    num_tokens, channels = len(side.heads[0]), len(frame.mean)
+    num_old = max(0, num_tokens - RECENT_TOKENS)
+    coarse = torch.empty(num_tokens, channels, dtype=torch.int8, device=side.heads[0].device)
     refinements = [torch.empty_like(coarse) for _ in range(num_refinements)]
     recent, exact = coarse[num_old:].clone(), InSteps.of(frame)
-    for part, extra in ((slice(0, num_old), []), (slice(num_old, len(x)), [recent])):
-        places = [coarse[part], *extra, *(r[part] for r in refinements)]  # the coarsest first
-        in_steps = (
-            exact.rough() if len(places) == 1 and frame.basis is not None else exact
-        )  # what is finer than a step needs exact products
-        for block, *own in zip(*(t.split(BLOCK_TOKENS) for t in (x[part], *places)), strict=True):
-            _nest(in_steps(block), own)
+    old, newest = side.of_tokens(slice(0, num_old)), side.of_tokens(slice(num_old, None))
+    # what is finer than a step needs exact products
+    if num_refinements or frame.basis is None or not fused.can_fuse(side.heads):
+        in_steps = exact if num_refinements or frame.basis is None else exact.rough()
+        _nest(in_steps, old, [coarse[:num_old], *(r[:num_old] for r in refinements)])
+    elif num_old:
+        inverse = exact.inverse.bfloat16()
+        fused.encode(old.heads, inverse, 0.5 - DEAD_ZONE, exact.mean, coarse[:num_old], old.angles)
+    _nest(exact, newest, [coarse[num_old:], recent, *(r[num_old:] for r in refinements)])
     return Coded(frame=frame, coarse=coarse, recent=recent, refinements=tuple(refinements))
 
 
-def _nest(y: Tensor, places: Sequence[Tensor]) -> None:
-    """Writes y `[n, C]` in steps as whole numbers, and refinements of them, the coarsest first, into places `[n, C]`."""
-    fine = y.mul_(REFINEMENT ** (len(places) - 1)) if len(places) > 1 else y
-    numbers = fine.add_(fine.sign(), alpha=0.5 - DEAD_ZONE)  # whole ones once what is behind the point is cut off
-    if len(places) > 1:
-        numbers = numbers.abs().floor_().copysign_(numbers)
-    for place in reversed(places[1:]):
-        coarser = (numbers / REFINEMENT).round_()
-        place.copy_(numbers.sub_(coarser, alpha=REFINEMENT))
-        numbers = coarser
-    places[0].copy_(numbers.clamp_(-LARGEST, LARGEST))
-
-
-def sample(x: Tensor) -> Tensor:
-    """At most FIT_TOKENS rows of x, evenly spread, fp32."""
-    return x[:: max(1, -(-len(x) // FIT_TOKENS))].float()
+def _nest(in_steps: InSteps, side: Side, places: Sequence[Tensor]) -> None:
+    """Writes values in steps as whole numbers, and refinements of them, the coarsest first, into places `[n, C]`."""
+    for where in blocks(len(places[0])):
+        numbers = in_steps(side.rows(where)).mul_(REFINEMENT ** (len(places) - 1))
+        numbers.add_(numbers.sign(), alpha=0.5 - DEAD_ZONE)  # whole ones once what is behind the point is cut off
+        if len(places) > 1:
+            numbers = numbers.abs().floor_().copysign_(numbers)
+        for place in reversed(places[1:]):
+            coarser = (numbers / REFINEMENT).round_()
+            place[where] = numbers.sub_(coarser, alpha=REFINEMENT)
+            numbers = coarser
+        places[0][where] = numbers.clamp_(-LARGEST, LARGEST)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What a basis is fitted to. together: of how many neighbouring heads at most one may span the tokens; covariances: `[C, C]`
-    fp32 of so many side by side; lengths: tokens of each head."""
+    """What a basis is fitted to, of at most FIT_TOKENS tokens, evenly spread.
+
+    together: of how many neighbouring heads at most one may span the tokens; covariances: `[C, C]` fp32 of so many side by
+    side; means: `[D]` fp32 and lengths: tokens of each head.
+    """
 
     together: int
     covariances: list[Tensor]
+    means: list[Tensor]
     lengths: list[int]
-    head_dim: int
 
     @classmethod
-    def of(cls, heads: Sequence[Tensor]) -> Moments:
-        """From values `[n_h, D]`. Heads of different lengths have each their own basis."""
-        num_heads, dim, size = len(heads), heads[0].shape[1], 1
-        if len({len(x) for x in heads}) == 1 and len(heads[0]):
+    def of(cls, side: Side) -> Moments:
+        """Heads of different lengths have each their own basis."""
+        lengths, dim, size = [len(x) for x in side.heads], side.heads[0].shape[1], 1
+        num_heads = len(lengths)
+        if len(set(lengths)) == 1 and lengths[0]:
             size = max(g for g in range(1, num_heads + 1) if num_heads % g == 0 and (g == 1 or g * dim <= MAX_CHANNELS))
-        sampled = [sample(x) for x in heads]
-        found = [_covariance(x) for x in join_heads(sampled, size)]
-        return cls(together=size, covariances=found, lengths=[len(x) for x in heads], head_dim=dim)
+        means, covariances = list[Tensor](), []
+        for h in range(0, num_heads, size):
+            rows = side.of_heads(h, size).rows(slice(None, None, max(1, -(-lengths[h] // FIT_TOKENS))))
+            mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+            rows -= mean
+            covariances.append(rows.T @ rows / max(1, len(rows)))
+            means += mean.chunk(size)
+        return cls(together=size, covariances=covariances, means=means, lengths=lengths)
+
+    @property
+    def head_dim(self) -> int:
+        return len(self.means[0])
 
     @property
     def apart(self) -> list[Tensor]:
@@ -234,20 +294,9 @@ def fit(moments: Moments, step: float) -> tuple[int, list[Tensor | None]]:
     return best, [(system.eigenvectors.T * unit).round_().to(torch.int8).contiguous() for system in systems]
 
 
-def join_heads(heads: Sequence[Tensor], together: int) -> list[Tensor]:
-    """Values `[n, together * D]` of neighbouring heads side by side."""
-    return [torch.cat(list(heads[h : h + together]), 1) for h in range(0, len(heads), together)]
-
-
 def _basis_unit(channels: int) -> float:
     """What stands for 1 in a basis."""
     return channels**0.5 / BASIS_STEP
-
-
-def _covariance(rows: Tensor) -> Tensor:
-    """`[C, C]` of rows `[n, C]`, zeros if there are none."""
-    centred = rows - rows.mean(0) if len(rows) else rows
-    return centred.T @ centred / max(1, len(rows))
 
 
 def _bits(variances: Tensor, step: float) -> float:

@@ -13,7 +13,7 @@ from steno.errors import BadArgument, KernelError, nearest
 ISAS = ("portable", "avx2", "avx512", "vnni", "bf16")
 """In the order of the native numbers, slowest first."""
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 """Must equal `steno_abi_version()`: the layout of the arguments of every function."""
 
 LIBRARY_DIR = Path(__file__).parent

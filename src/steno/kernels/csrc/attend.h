@@ -5,7 +5,7 @@
 
 constexpr int kPageTokens = 64;
 constexpr int kLanes = 16;
-constexpr int kAbiVersion = 10;
+constexpr int kAbiVersion = 11;
 
 // One span; the columns of SpanTable.entries (steno/kernels/attention/table.py) in the same order.
 struct Entry {
