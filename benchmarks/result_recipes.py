@@ -25,7 +25,7 @@ NEEDLES = {"niah": 3, "niah_single_1": 2, "niah_multivalue": 2, "niah_multiquery
 """Tasks with right answers, and their instances at each length; the last three ask for four or five values each."""
 TEXT = {"perplexity": 2}
 TASKS = NEEDLES | TEXT
-AT_ALL_BUDGETS = ("niah", "questions", "perplexity")
+AT_ALL_BUDGETS = ("niah", "perplexity")
 """Tasks that are measured at the other budgets too."""
 
 BY_KIND = {

@@ -47,6 +47,68 @@ def test_every_implementation_writes_and_reads_the_oracles_streams(case) -> None
             assert np.array_equal(rans.decode(stream, runs, tables, impl="cpu", isa=isa), symbols), isa
 
 
+@st.composite
+def strips(draw) -> tuple[rans.Strips, np.ndarray]:
+    """Pieces of rows of matrices of unlike lengths, in chunks, some of them empty; and frequencies for all of them."""
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    shapes = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 90)), min_size=1, max_size=3))
+    matrices = [rng.integers(0, 12, shape).astype(np.uint8) for shape in shapes]
+    lengths = np.concatenate([np.full(*shape) for shape in shapes])
+    rows = rng.permutation(len(lengths))[: draw(st.integers(0, len(lengths)))]
+    num_chunks, num_tables = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    ends = np.sort(rng.integers(0, lengths[rows][:, None] + 1, (len(rows), num_chunks + 1)), 1)
+    tables = np.sort(rng.integers(0, num_tables, len(rows))).astype(np.int32)
+    frequencies = rans.normalize(rng.integers(1, 50, (num_tables, 256)))
+    return rans.Strips(matrices=matrices, rows=rows, tables=tables, runs=tables, ends=ends), frequencies
+
+
+@settings(max_examples=60, deadline=None)
+@given(strips())
+def test_strips_become_the_streams_of_their_symbols(case) -> None:
+    found, frequencies = case
+    rows = [row for matrix in found.matrices for row in matrix]
+    streams = rans.encode_strips(found, frequencies, impl="naive")
+    for chunk, stream in enumerate(streams):
+        symbols, runs = np.zeros(0, np.uint8), []
+        for table in range(len(frequencies)):
+            own = [
+                rows[found.rows[i]][slice(*found.ends[i, chunk : chunk + 2])]
+                for i in np.flatnonzero(found.tables == table)
+            ]
+            symbols = np.concatenate([symbols, *own])
+            runs += [(sum(map(len, own)), table)] if own else []
+        assert rans.encode(symbols, runs, frequencies, impl="naive") == stream
+    if native.why_missing() is None:
+        for isa in ISAS:
+            assert rans.encode_strips(found, frequencies, impl="cpu", isa=isa) == streams, isa
+
+
+def test_streams_longer_than_their_symbols_have_room() -> None:
+    frequencies = np.ones((1, 256), np.uint16)
+    frequencies[0, 0] = 4096 - 255
+    symbols = np.full(5000, 7, np.uint8)  # 12 bits each
+    stream = rans.encode(symbols, [(5000, 0)], frequencies)
+    assert len(stream) > 7000
+    assert np.array_equal(rans.decode(stream, [(5000, 0)], rans.decode_tables(frequencies)), symbols)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": np.array([0, 2])}, {"ends": np.array([[0, 5], [3, 2]])}, {"ends": np.array([[0, 5], [0, 6]])},
+        {"ends": np.array([[-1, 5], [0, 5]])}, {"tables": np.array([0, 1], np.int32)}, {"tables": np.array([0, 0])},
+        {"matrices": [np.zeros((2, 10), np.uint8)[:, ::2]]}, {"matrices": [np.zeros((2, 5), np.int8)]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_strips_that_lie_outside_are_refused(wrong) -> None:
+    tables = np.zeros(2, np.int32)
+    fields = {"matrices": [np.zeros((2, 5), np.uint8)], "rows": np.arange(2), "tables": tables, "runs": tables}
+    fields |= {"ends": np.array([[0, 5], [0, 5]])} | wrong
+    with pytest.raises(BadArgument, match="strips must"):
+        rans.encode_strips(rans.Strips(**fields), rans.normalize(np.ones((1, 256))))
+
+
 @pytest.mark.parametrize("skew", [0.0, 0.05, 0.5])
 def test_a_stream_is_as_long_as_its_information(skew: float) -> None:
     weights = np.exp(-skew * np.arange(256))

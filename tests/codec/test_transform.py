@@ -16,10 +16,10 @@ def correlated(n: int, channels: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, channels, generator=generator) @ mixing.T + 3
 
 
-def encoded(x: torch.Tensor, basis: torch.Tensor | None, step: float, num_refinements: int = 0) -> transform.Coded:
+def encoded(x: torch.Tensor, directions: torch.Tensor | None, step: float, num_refinements: int = 0) -> transform.Coded:
     side = Side([x])
     mean = torch.cat(Moments.of(side).means)
-    return transform.encode(side, mean, basis, step, num_refinements=num_refinements)
+    return transform.encode(side, mean, directions, step, num_refinements=num_refinements)
 
 
 def decoded(coded: transform.Coded, count: int) -> torch.Tensor:
@@ -33,9 +33,9 @@ def decoded(coded: transform.Coded, count: int) -> torch.Tensor:
 def test_errors_are_below_the_step(has_basis: bool, n: int) -> None:
     x, step = correlated(n, 24), 0.05
     for refinements in (0, 1, 2):
-        basis = transform.fit(Moments.of(Side([x])), 1e-4)[1][0] if has_basis else None
-        assert n < 500 or (basis is not None) == has_basis
-        coded = encoded(x, basis, step, refinements)
+        directions = transform.fit(Moments.of(Side([x])), 1e-4)[1][0] if has_basis else None
+        assert n < 500 or (directions is not None) == has_basis
+        coded = encoded(x, directions, step, refinements)
         assert len(coded.refinements) == refinements
         for count in range(refinements + 1):
             wanted = step * 3 ** (refinements - count)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steno.codec.planes import DTYPES, join_planes, num_planes, split_planes
-from steno.codec.tables import RAW, Tables
+from steno.codec.tables import MIN_SYMBOLS, RAW, Tables
 from steno.errors import DamagedFile
 from steno.kernels import rans
 from steno.kernels.transpose import transposed
@@ -120,41 +120,51 @@ class ArrayEncoder:
         self.spec = spec
         pairs = list(zip(spec.offsets, spec.offsets[1:], strict=False))
         # of each plane the contexts of each head, [contexts per head, symbols]
-        contexts = [
+        self._contexts = [
             [_by_context(plane[first:last], spec.context_columns) for first, last in pairs] for plane in split_planes(x)
         ]
+        if spec.num_rows * spec.columns < MIN_SYMBOLS:
+            self.tables = [Tables.raw(spec.num_contexts) for _ in self._contexts]
+            return
         streams = rans.STREAM_BYTES + LENGTH_BYTES
         self.tables = [
             choose(np.concatenate([rans.histograms(x) for x in heads]), stream_bytes=streams * spec.num_chunks)
-            for heads in contexts
-        ]
-        self._shares = Shares(spec, self.tables)
-        self._contexts = [[row for head in heads for row in head] for heads in contexts]
-        # of heads of one length, a matrix in the order in which contexts are stored
-        is_even = len({head.shape for head in contexts[0]}) == 1
-        self._ordered = [
-            np.concatenate(heads)[tables.order] if is_even else None
-            for heads, tables in zip(contexts, self.tables, strict=True)
+            for heads in self._contexts
         ]
 
     def chunk(self, chunk: int) -> bytes:
         """The bytes of one chunk: of each plane the length and the stream of coded symbols, then the raw ones."""
-        slices, parts, width = self.spec.slices(chunk), [], self.spec.context_columns
-        firsts = zip(slices, self.spec.offsets, strict=False)
-        columns = [slice((s.start - first) * width, (s.stop - first) * width) for s, first in firsts]
-        planes = zip(self._contexts, self._ordered, self.tables, self._shares.of(slices), strict=True)
-        for contexts, ordered, tables, share in planes:
-            if ordered is not None:
-                symbols = ordered[:, columns[0]].reshape(-1)
-            else:
-                per_head = self.spec.contexts_per_head
-                symbols = np.concatenate([contexts[i][columns[i // per_head]] for i in tables.order])
-            num_coded = share.runs.num_symbols
+        parts, per_head = [], self.spec.contexts_per_head
+        for contexts, tables, streams in zip(self._contexts, self.tables, self._streams, strict=True):
             if len(tables.frequencies):
-                stream = rans.encode(symbols[:num_coded], share.runs, tables.frequencies) if num_coded else b""
-                parts += [len(stream).to_bytes(LENGTH_BYTES, "little"), stream]
-            parts.append(symbols[num_coded:].tobytes())
+                parts += [len(streams[chunk]).to_bytes(LENGTH_BYTES, "little"), streams[chunk]]
+            for i in np.flatnonzero(tables.of_context == RAW).tolist():
+                first, last = self._ends[i // per_head, chunk : chunk + 2]
+                parts.append(contexts[i // per_head][i % per_head, first:last].tobytes())
         return b"".join(parts)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where chunks begin and end in the contexts of each head, int64 `[heads, chunks + 1]`."""
+        slices = [self.spec.slices(chunk) for chunk in range(self.spec.num_chunks)]
+        heads = zip(*slices, strict=True) if slices else [()] * (len(self.spec.offsets) - 1)
+        rows = [[0, *(rows.stop - first for rows in of)] for of, first in zip(heads, self.spec.offsets, strict=False)]
+        return np.array(rows, np.int64) * self.spec.context_columns
+
+    @cached_property
+    def _streams(self) -> list[list[bytes]]:
+        """Of each plane the stream of each chunk, empty where no symbol of it is coded."""
+        return [self._coded(*plane) for plane in zip(self._contexts, self.tables, strict=True)]
+
+    def _coded(self, contexts: Sequence[np.ndarray], tables: Tables) -> list[bytes]:
+        rows = tables.order[: int(np.count_nonzero(tables.of_context != RAW))]
+        if not len(rows):
+            return [b""] * self.spec.num_chunks
+        of_strip, ends = tables.of_context[rows].astype(np.int32), self._ends[rows // self.spec.contexts_per_head]
+        strips = rans.Strips(matrices=contexts, rows=rows, tables=of_strip, runs=of_strip, ends=ends)
+        streams = rans.encode_strips(strips, tables.frequencies)
+        has_symbols = np.diff(ends, axis=1).any(0).tolist()
+        return [stream if has else b"" for stream, has in zip(streams, has_symbols, strict=True)]
 
 
 @final
@@ -240,10 +250,9 @@ def _by_row(contexts: np.ndarray, spec: ArraySpec) -> np.ndarray:
 
 
 def _by_context(plane: np.ndarray, group: int) -> np.ndarray:
-    """Rows `[n, C]` as the symbols of each context, `[C / group, n * group]`."""
+    """Rows `[n, C]` as the symbols of each context, `[C / group, n * group]`, contiguous."""
     num_rows, columns = plane.shape
     if group == 1:
         return transposed(plane)
-    return (
-        plane.reshape(num_rows, columns // group, group).transpose(1, 0, 2).reshape(columns // group, num_rows * group)
-    )
+    by_context = plane.reshape(num_rows, columns // group, group).transpose(1, 0, 2)
+    return np.ascontiguousarray(by_context.reshape(columns // group, num_rows * group))

@@ -76,23 +76,23 @@ def store_coded(
         else writer.add(counts[:, None], layer_idx + 1, offsets=_offsets([len(k) for k in keys]), row_tokens=1),
     }
     for name, side, of_side, step in zip(NAMES, sides, moments, steps, strict=True):
-        together, bases = transform.fit(of_side, step)
+        together, directions = transform.fit(of_side, step)
         size, coded = max(1, together), []
-        for h, basis in zip(range(0, len(keys), size), bases, strict=True):
+        for h, own in zip(range(0, len(keys), size), directions, strict=True):
             mean = torch.cat(of_side.means[h : h + size])
-            coded.append(transform.encode(side.of_heads(h, size), mean, basis, step, num_refinements=plan.refinements))
+            coded.append(transform.encode(side.of_heads(h, size), mean, own, step, num_refinements=plan.refinements))
         fields[name] = _store_side(writer, coded, layer_idx, num_layers) | {"heads_together": together}
     return fields
 
 
 def _store_side(writer: FileWriter, coded: Sequence[Coded], layer_idx: int, num_layers: int) -> dict[str, Any]:
-    """Adds the parts of the keys or the values of a layer."""
+    """Adds the parts of the keys or the values of a layer, whose numbers are changed meanwhile."""
     group, width = layer_idx + 1, coded[0].coarse.shape[1]
 
     def add(rows: Sequence[Tensor], group: int, offset: int) -> int:
         numbers = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
         return writer.add(
-            (numbers + offset).view(torch.uint8),  # 128 wraps round to what it should be
+            numbers.add_(offset).view(torch.uint8),  # 128 wraps round to what it should be
             group,
             offsets=_offsets([len(x) for x in rows]),
             row_tokens=1,

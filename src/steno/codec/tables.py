@@ -54,9 +54,7 @@ class Tables:
         """The cheapest tables for counts `[R, 256]` of the symbols of each context. stream_bytes: what streams cost beside
         their symbols."""
         totals = counts.sum(1)
-        if totals.sum() < MIN_SYMBOLS:
-            return cls._raw(len(counts))
-        best, best_bits = cls._raw(len(counts)), 8 * float(totals.sum()) * (1 - MIN_GAIN)
+        best, best_bits = cls.raw(len(counts)), 8 * float(totals.sum()) * (1 - MIN_GAIN)
         for num_tables in TABLE_COUNTS:
             if num_tables > len(counts) and num_tables > 1:
                 break
@@ -73,20 +71,23 @@ class Tables:
         Contexts in the order of their entropy share tables, as many of them each.
         """
         total = int(counts.sum())
-        if total < MIN_SYMBOLS:
-            return cls._raw(len(counts))
         num_tables = max(1, min(MAX_SPREAD_TABLES, len(counts), total // SPREAD_SYMBOLS))
+        used = np.flatnonzero(counts.sum(0))  # mostly few
+        counts = np.ascontiguousarray(counts[:, used])
         order, of_context = np.argsort(_entropies(counts), kind="stable"), np.empty(len(counts), np.int64)
         of_context[order] = np.arange(len(counts)) * num_tables // len(counts)
         starts = -(-np.arange(num_tables) * len(counts) // num_tables)
         sums = np.add.reduceat(counts[order], starts, axis=0)
-        tables = cls(frequencies=rans.normalize(sums), of_context=of_context.astype(np.uint8))
-        bits = float((sums * (12 - np.log2(np.maximum(tables.frequencies, 1)))).sum())
-        is_raw = bits + 8 * (stream_bytes + len(tables.to_bytes())) > 8 * total * (1 - MIN_GAIN)
-        return cls._raw(len(counts)) if is_raw else tables
+        frequencies = np.zeros((num_tables, rans.SYMBOLS), np.uint16)
+        frequencies[:, used] = rans.normalize(sums)
+        tables = cls(frequencies=frequencies, of_context=of_context.astype(np.uint8))
+        bits = float((sums * (12 - np.log2(np.maximum(frequencies[:, used], 1)))).sum())
+        is_raw = bits + 8 * (stream_bytes + tables.num_bytes) > 8 * total * (1 - MIN_GAIN)
+        return cls.raw(len(counts)) if is_raw else tables
 
     @classmethod
-    def _raw(cls, num_contexts: int) -> Tables:
+    def raw(cls, num_contexts: int) -> Tables:
+        """No table: all symbols are stored as they are."""
         return cls(frequencies=np.zeros((0, rans.SYMBOLS), np.uint16), of_context=np.full(num_contexts, RAW, np.uint8))
 
     @classmethod
@@ -111,17 +112,25 @@ class Tables:
 
     def _bits(self, counts: np.ndarray) -> float:
         """Bits of the symbols and of these tables."""
-        total = 8.0 * (counts[self.of_context == RAW].sum() + len(self.to_bytes()))
+        total = 8.0 * (counts[self.of_context == RAW].sum() + self.num_bytes)
         for i, frequencies in enumerate(self.frequencies):
             sums = counts[self.of_context == i].sum(0)
             total += float(sums @ (12 - np.log2(np.maximum(frequencies, 1))))
         return total
 
+    @property
+    def num_bytes(self) -> int:
+        """Of `to_bytes`."""
+        return (
+            len(self.of_context) + TABLE_BITS // 8 * len(self.frequencies) + 2 * int(np.count_nonzero(self.frequencies))
+        )
+
     def to_bytes(self) -> bytes:
         """of_context, then of each table which of the 256 symbols it has, as a bitmap, and their frequencies."""
+        bitmaps = np.packbits(self.frequencies > 0, axis=1, bitorder="little")  # [K, 32]
         parts = [self.of_context.tobytes()]
-        for row in self.frequencies:
-            parts += [np.packbits(row > 0, bitorder="little").tobytes(), row[row > 0].astype("<u2").tobytes()]
+        for bitmap, row in zip(bitmaps, self.frequencies.astype("<u2"), strict=True):
+            parts += [bitmap.tobytes(), row[row > 0].tobytes()]
         return b"".join(parts)
 
     @classmethod
@@ -149,7 +158,6 @@ def _code_bits(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def _entropies(counts: np.ndarray) -> np.ndarray:
-    """Bits of a symbol of each context `[R, 256]` in a table of its own, `[R]`."""
-    used = counts[:, counts.any(0)]
-    totals = np.maximum(used.sum(1), 1)
-    return np.log2(totals) - (used * np.log2(np.maximum(used, 1))).sum(1) / totals
+    """Bits of a symbol of each context `[R, S]` in a table of its own, `[R]`."""
+    totals = np.maximum(counts.sum(1), 1)
+    return np.log2(totals) - (counts * np.log2(np.maximum(counts, 1))).sum(1) / totals

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -97,16 +98,6 @@ class Frame:
     scales: Tensor
     basis: Tensor | None
 
-    @property
-    def inverse(self) -> Tensor:
-        """`[C, C]` fp32: values without their mean, times this, are numbers in steps."""
-        steps = self.scales.float()
-        if self.basis is None:
-            return steps.reciprocal().diag()
-        basis = self.basis.float()
-        # it is nearly orthogonal, so that Bᵀ (B Bᵀ)⁻¹ is exact enough, and sooner there than a general inverse
-        return basis.T @ torch.cholesky_inverse(torch.linalg.cholesky(basis @ basis.T)) / steps
-
     def write(self, numbers: Tensor, divisor: int, side: Side) -> None:
         """Writes the values of whole numbers `[n, C]`, in units of a `divisor`-th of a step, into a side of n tokens."""
         mean, scales = self.mean.float(), self.scales.float() / divisor
@@ -135,8 +126,15 @@ class InSteps:
     inverse: Tensor
 
     @classmethod
-    def of(cls, frame: Frame) -> InSteps:
-        return cls(mean=frame.mean.float(), inverse=frame.inverse)
+    def of(cls, frame: Frame, directions: Tensor | None, rounds: int) -> InSteps:
+        """directions: what the basis is in whole numbers, fp32, orthogonal, so that Newton's iteration begins near its inverse:
+        each of the rounds squares the error, an eighth at first."""
+        inverse = torch.eye(len(frame.mean), device=frame.mean.device)
+        if directions is not None and frame.basis is not None:
+            inverse, basis = directions.T / _basis_unit(len(directions)), frame.basis.float()
+            for _ in range(rounds):
+                inverse = torch.addmm(inverse, inverse, basis @ inverse, beta=2, alpha=-1)
+        return cls(mean=frame.mean.float(), inverse=inverse / frame.scales.float())
 
     def rough(self) -> InSteps:
         """In bfloat16 where the processor multiplies it, twice as fast: 0.3 % more error than rounding to whole steps has."""
@@ -173,43 +171,46 @@ def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[T
     frame.write(newest, REFINEMENT * divisor, side.of_tokens(slice(old, None)))
 
 
-def encode(side: Side, mean: Tensor, basis: Tensor | None, step: float, *, num_refinements: int) -> Coded:
-    """Codes values in a basis of `fit` with a step of `step` in all directions after all refinements. mean: `[C]`."""
+def encode(side: Side, mean: Tensor, directions: Tensor | None, step: float, *, num_refinements: int) -> Coded:
+    """Codes values in directions of `fit` with a step of `step` in each after all refinements. mean: `[C]`."""
     coarsest, num_tokens = step * REFINEMENT**num_refinements, len(side.heads[0])
-    scale = coarsest if basis is None else coarsest / _basis_unit(len(mean))
+    unit = 1.0 if directions is None else _basis_unit(len(mean))
+    basis = None if directions is None else (directions * unit).round_().to(torch.int8)
     mean = mean.bfloat16()
-    frame = Frame(mean=mean, scales=torch.full_like(mean, scale), basis=basis)
-    coded = _quantized(side, frame, num_refinements)
+    frame = Frame(mean=mean, scales=torch.full_like(mean, coarsest / unit), basis=basis)
+    # products that are rounded to whole steps may be rough
+    in_steps = InSteps.of(frame, directions, rounds=3 if num_refinements else 1)
+    coded = _quantized(side, frame, in_steps, num_refinements)
     if (
         num_tokens and int(torch.maximum(coded.coarse.amax(), -coded.coarse.amin())) >= LARGEST
     ):  # some may have been cut
         # doubled until it fits: exact in bfloat16, and the other components keep their step
-        doubled = torch.exp2((_peaks(side, frame) / LARGEST).clamp(min=1.0).log2().ceil())
-        coded = _quantized(side, replace(frame, scales=frame.scales * doubled.bfloat16()), num_refinements)
+        doubled = torch.exp2((_peaks(side, in_steps) / LARGEST).clamp(min=1.0).log2().ceil())
+        frame = replace(frame, scales=frame.scales * doubled.bfloat16())
+        coded = _quantized(side, frame, replace(in_steps, inverse=in_steps.inverse / doubled), num_refinements)
     return coded
 
 
-def _peaks(side: Side, frame: Frame) -> Tensor:
+def _peaks(side: Side, in_steps: InSteps) -> Tensor:
     """The largest of each component in steps, `[C]`."""
-    in_steps = InSteps.of(frame)
     return torch.stack([in_steps(side.rows(where)).abs().amax(0) for where in blocks(len(side.heads[0]))]).amax(0)
 
 
-def _quantized(side: Side, frame: Frame, num_refinements: int) -> Coded:
+def _quantized(side: Side, frame: Frame, in_steps: InSteps, num_refinements: int) -> Coded:
     num_tokens, channels = len(side.heads[0]), len(frame.mean)
     num_old = max(0, num_tokens - RECENT_TOKENS)
     coarse = torch.empty(num_tokens, channels, dtype=torch.int8, device=side.heads[0].device)
     refinements = [torch.empty_like(coarse) for _ in range(num_refinements)]
-    recent, exact = coarse[num_old:].clone(), InSteps.of(frame)
+    recent = coarse[num_old:].clone()
     old, newest = side.of_tokens(slice(0, num_old)), side.of_tokens(slice(num_old, None))
-    # what is finer than a step needs exact products
     if num_refinements or frame.basis is None or not fused.can_fuse(side.heads):
-        in_steps = exact if num_refinements or frame.basis is None else exact.rough()
-        _nest(in_steps, old, [coarse[:num_old], *(r[:num_old] for r in refinements)])
+        # what is finer than a step needs exact products
+        rough = in_steps if num_refinements or frame.basis is None else in_steps.rough()
+        _nest(rough, old, [coarse[:num_old], *(r[:num_old] for r in refinements)])
     elif num_old:
-        inverse = exact.inverse.bfloat16()
-        fused.encode(old.heads, inverse, 0.5 - DEAD_ZONE, exact.mean, coarse[:num_old], old.angles)
-    _nest(exact, newest, [coarse[num_old:], recent, *(r[num_old:] for r in refinements)])
+        inverse = in_steps.inverse.bfloat16()
+        fused.encode(old.heads, inverse, 0.5 - DEAD_ZONE, in_steps.mean, coarse[:num_old], old.angles)
+    _nest(in_steps, newest, [coarse[num_old:], recent, *(r[num_old:] for r in refinements)])
     return Coded(frame=frame, coarse=coarse, recent=recent, refinements=tuple(refinements))
 
 
@@ -261,37 +262,40 @@ class Moments:
     def head_dim(self) -> int:
         return len(self.means[0])
 
-    @property
-    def apart(self) -> list[Tensor]:
-        """`[D, D]` of each head."""
-        starts = range(0, self.together * self.head_dim, self.head_dim)
-        return [c[i : i + self.head_dim, i : i + self.head_dim] for c in self.covariances for i in starts]
+    @cached_property
+    def apart(self) -> Tensor:
+        """`[H, D, D]` of each head."""
+        parts = [c.unflatten(0, (self.together, -1)).unflatten(2, (self.together, -1)) for c in self.covariances]
+        return torch.cat([part.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for part in parts])
 
     @property
     def deviation(self) -> float:
         """The root mean variance of all channels."""
-        variances = [c.diagonal().mean() for c, n in zip(self.apart, self.lengths, strict=True) if n]
-        return float(torch.stack(variances).mean().sqrt()) if variances else 0.0
+        variances = self.apart.diagonal(dim1=1, dim2=2).mean(1).tolist()
+        held = [variance for variance, n in zip(variances, self.lengths, strict=True) if n]
+        return (sum(held) / len(held)) ** 0.5 if held else 0.0
 
 
 def fit(moments: Moments, step: float) -> tuple[int, list[Tensor | None]]:
-    """Of how many neighbouring heads one basis best spans the tokens, and the basis of each part, whole numbers.
+    """Of how many neighbouring heads one basis best spans the tokens, and of each part its directions, `[C, C]` orthogonal.
 
     0, and None for each head: a basis costs more than it saves.
     """
-    apart, dim, size = moments.apart, moments.head_dim, moments.together
-    bits = {0: sum(n * _bits(c.diagonal(), step) for c, n in zip(apart, moments.lengths, strict=True))}
-    for g, covariances in {1: apart, size: moments.covariances}.items():
+    apart, dim, size, lengths = (
+        moments.apart,
+        moments.head_dim,
+        moments.together,
+        torch.tensor(moments.lengths).double(),
+    )
+    bits = {0: float(lengths @ _bits(apart.diagonal(dim1=1, dim2=2), step))}
+    for g, covariances in {1: apart, size: torch.stack(moments.covariances)}.items():
         if g * dim <= MAX_CHANNELS:
-            rates = [_best_bits(c, step) for c in covariances]
-            bits[g] = sum(n * rate for n, rate in zip(moments.lengths[::g], rates, strict=True))
-            bits[g] += len(apart) * g * dim**2 * BASIS_BITS
+            bits[g] = float(lengths[::g] @ _best_bits(covariances, step)) + len(apart) * g * dim**2 * BASIS_BITS
     best = min(bits, key=lambda g: bits[g])
     if best == 0:
         return 0, [None] * len(apart)
-    systems = [torch.linalg.eigh(c) for c in (moments.covariances if best > 1 else apart)]
-    unit = _basis_unit(best * dim)
-    return best, [(system.eigenvectors.T * unit).round_().to(torch.int8).contiguous() for system in systems]
+    # of the upper half, as rows here are the columns of LAPACK: a little sooner
+    return best, [torch.linalg.eigh(c, UPLO="U").eigenvectors.T for c in (moments.covariances if best > 1 else apart)]
 
 
 def _basis_unit(channels: int) -> float:
@@ -299,16 +303,16 @@ def _basis_unit(channels: int) -> float:
     return channels**0.5 / BASIS_STEP
 
 
-def _bits(variances: Tensor, step: float) -> float:
-    """About how many bits a token takes in components of these variances."""
-    return float((1 + 12 * variances.clamp(min=0) / step**2).log2().sum() / 2)
+def _bits(variances: Tensor, step: float) -> Tensor:
+    """About how many bits a token takes in components of these variances `[B, C]`, fp64 `[B]`."""
+    return (1 + 12 * variances.clamp(min=0) / step**2).log2().sum(-1).double() / 2
 
 
-def _best_bits(covariance: Tensor, step: float) -> float:
-    """`_bits` of the principal components, whose variances need not be known for it."""
-    scaled = covariance * (12 / step**2)
-    scaled.diagonal().add_(1.0)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    if int(failed):  # rounding made a variance negative
-        return _bits(torch.linalg.eigvalsh(covariance), step)
-    return float(factor.diagonal().log2().sum())
+def _best_bits(covariances: Tensor, step: float) -> Tensor:
+    """`_bits` of the principal components, whose variances need not be known for it, of `[B, C, C]`."""
+    scaled = covariances * (12 / step**2)
+    scaled.diagonal(dim1=1, dim2=2).add_(1.0)
+    factors, failed = torch.linalg.cholesky_ex(scaled)
+    if bool(failed.any()):  # rounding made a variance negative
+        return _bits(torch.linalg.eigvalsh(covariances), step)
+    return factors.diagonal(dim1=1, dim2=2).log2().sum(-1).double()

@@ -8,6 +8,8 @@
 #include "attend.h"
 
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -254,34 +256,55 @@ EncodeRun encoder(int32_t isa) {
 
 extern "C" {
 
-// Encodes the runs of `symbols` one after another, run r by frequencies[tables[r]], 256 that add up to 4096. `out` has
-// room for `capacity` bytes, of which the stream takes the last ones; 2 for each symbol, 192 more. The bytes of the
-// stream; -1: there is no room, -2: a symbol has no frequency.
-EXPORT int64_t steno_rans_encode(const uint8_t *symbols, const int64_t *run_lengths, const int32_t *tables,
-                                 int64_t num_runs, const uint16_t *frequencies, uint8_t *out, int64_t capacity,
-                                 int32_t isa) {
+// Encodes strips into `num_chunks` streams, one after another in `out`. Chunk c has of strip i the symbols
+// ends[i][c] .. ends[i][c + 1], coded by frequencies[tables[i]], rows of 256 of which `num_tables` add up to 4096 each;
+// neighbours with the same runs[i], and table, are one run. lengths: the bytes of each stream. All bytes; -1: they do not fit into
+// `capacity`, -2: a symbol has no frequency, -3: no memory.
+EXPORT int64_t steno_rans_encode(const uint8_t *const *strips, const int64_t *ends, const int32_t *tables, const int32_t *runs,
+                                 int64_t num_strips, int64_t num_chunks, const uint16_t *frequencies, int64_t num_tables, uint8_t *out,
+                                 int64_t capacity, int64_t *lengths, int32_t isa) try {
     const EncodeRun encode = encoder(isa);
-    uint32_t states[kStates];
-    for (uint32_t &state : states) state = kLowest;
-    const uint8_t *run = symbols;
-    for (int64_t r = 0; r < num_runs; r++) run += run_lengths[r];
-    if (capacity < 2 * (run - symbols) + 4 * kStates + 64) return -1;  // a symbol writes a word at most
-    uint8_t *next = out + capacity;
-    EncodeTable table;
-    int32_t loaded = -1;
-    for (int64_t r = num_runs; r-- > 0;) {
-        run -= run_lengths[r];
-        if (tables[r] != loaded) {
-            loaded = tables[r];
-            table.load(frequencies + static_cast<int64_t>(loaded) * kSymbols);
+    std::vector<EncodeTable> known(num_tables);
+    for (int64_t t = 0; t < num_tables; t++) known[t].load(frequencies + t * kSymbols);
+    std::vector<uint8_t> symbols, room;
+    const uint8_t *const begin = out;
+    for (int64_t c = 0; c < num_chunks; c++, ends++) {
+        const int64_t row = num_chunks + 1;
+        int64_t count = 0;
+        for (int64_t i = 0; i < num_strips; i++) count += ends[i * row + 1] - ends[i * row];
+        const size_t most = 2 * count + 4 * kStates + 64;  // a symbol writes a word at most, and a vector a little more
+        if (room.size() < most) {
+            symbols.resize(count);
+            room.resize(most);
         }
-        const int64_t whole = run_lengths[r] / kStates * kStates;
-        if (!encode_steps(states, table, run, whole, run_lengths[r], next)) return -2;
-        if (!encode(states, table, run, whole, next)) return -2;
+        uint8_t *to = symbols.data();
+        for (int64_t i = 0; i < num_strips; i++) {
+            const int64_t length = ends[i * row + 1] - ends[i * row];
+            std::memcpy(to, strips[i] + ends[i * row], length);
+            to += length;
+        }
+        uint32_t states[kStates];
+        for (uint32_t &state : states) state = kLowest;
+        uint8_t *next = room.data() + room.size();
+        for (int64_t i = num_strips; i > 0;) {
+            const int32_t table = tables[i - 1], run = runs[i - 1];
+            int64_t length = 0;
+            for (; i > 0 && runs[i - 1] == run; i--) length += ends[(i - 1) * row + 1] - ends[(i - 1) * row];
+            to -= length;
+            const int64_t whole = length / kStates * kStates;
+            if (!encode_steps(states, known[table], to, whole, length, next)) return -2;
+            if (!encode(states, known[table], to, whole, next)) return -2;
+        }
+        next -= 4 * kStates;
+        std::memcpy(next, states, 4 * kStates);
+        lengths[c] = room.data() + room.size() - next;
+        if (lengths[c] > begin + capacity - out) return -1;
+        std::memcpy(out, next, lengths[c]);
+        out += lengths[c];
     }
-    next -= 4 * kStates;
-    std::memcpy(next, states, 4 * kStates);
-    return out + capacity - next;
+    return out - begin;
+} catch (const std::bad_alloc &) {
+    return -3;
 }
 
 // Counts each of 256 symbols in each of `num_rows` rows of `length` symbols: adds to counts[row * 256 + symbol].

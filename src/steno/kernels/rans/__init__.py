@@ -60,13 +60,13 @@ STREAM_BYTES = 4 * STATES
 
 
 def normalize(counts: np.ndarray) -> np.ndarray:
-    """Frequencies `[K, 256]` uint16 that add up to 4096 in each table, nearly in proportion to counts `[K, 256]`.
+    """Frequencies `[K, S]` uint16 that add up to 4096 in each table, nearly in proportion to counts `[K, S]` of S symbols.
 
     Every symbol that occurs has at least 1; a table of no symbol at all gives everything to symbol 0.
     """
     counts = np.asarray(counts, np.float64)
     totals = counts.sum(1, keepdims=True)
-    counts = np.where(totals > 0, counts, np.eye(1, SYMBOLS))
+    counts = np.where(totals > 0, counts, np.eye(1, counts.shape[1]))
     scaled = counts * (SLOTS / counts.sum(1, keepdims=True))  # [K, 256]
     frequencies = np.maximum(np.floor(scaled), counts > 0)
     left = SLOTS - frequencies.sum(1).astype(np.int64)
@@ -141,26 +141,108 @@ def encode(
     impl: `cpu` (native), `naive`, or `auto`, the first that is there; the streams are the same. isa: of the native library,
     default the best. Raises `BadArgument` for runs that do not fit, or a symbol without a frequency in its table.
     """
-    _check_frequencies(frequencies)
     runs = _checked(runs, len(frequencies))
     if symbols.dtype != np.uint8 or symbols.shape != (runs.num_symbols,):
         raise BadArgument(
             f"symbols must be uint8 [N] with N = {runs.num_symbols}, the sum of the runs; got {symbols.dtype} {[*symbols.shape]}."
         )
     if _chosen(impl) == "naive":
+        _check_frequencies(frequencies)
         return naive.encode(symbols, runs.pairs(), frequencies)
-    symbols, frequencies = np.ascontiguousarray(symbols), np.ascontiguousarray(frequencies)
-    room = np.empty(STREAM_BYTES + 2 * len(symbols) + 64, np.uint8)
+    last = np.cumsum(runs.lengths)
+    strips = Strips(
+        matrices=[np.ascontiguousarray(symbols)[None]], rows=np.zeros_like(runs.tables), tables=runs.tables,
+        runs=np.arange(len(last), dtype=np.int32), ends=np.stack([last - runs.lengths, last], 1),
+    )  # fmt: skip
+    [stream] = encode_strips(strips, frequencies, isa=isa)
+    return stream
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Strips:
+    """What is encoded into the streams of C chunks: pieces of S rows of matrices.
+
+    matrices: uint8 `[R_m, n_m]`, contiguous; rows `[S]`: the row of each strip, counted through all of them. Chunk c has the
+    symbols `ends[i, c]:ends[i, c + 1]` of strip i, int64 `[S, C + 1]`, coded by tables[i]; tables, runs int32 `[S]`:
+    neighbours with the same number in `runs`, and so the same table, are one run.
+    """
+
+    matrices: Sequence[np.ndarray]
+    rows: np.ndarray
+    tables: np.ndarray
+    runs: np.ndarray
+    ends: np.ndarray
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """Where each strip's row lies, int64 `[S]`; raises `BadArgument` unless all strips lie within their rows."""
+        shapes = [m.shape for m in self.matrices]
+        lengths = np.concatenate([np.full(count, length) for count, length in shapes])
+        if not all(m.dtype == np.uint8 and m.flags.c_contiguous for m in self.matrices):
+            raise BadArgument("strips must lie in contiguous matrices of uint8.")
+        ends, rows = self.ends, self.rows
+        kinds = (self.tables.dtype, self.runs.dtype, ends.dtype)
+        if kinds != (np.int32, np.int32, np.int64) or not (
+            rows.shape == self.tables.shape == self.runs.shape == ends.shape[:1]
+        ):
+            raise BadArgument("strips must have a row, a table and a run, int32, and ends, int64, each.")
+        if len(rows) and not (
+            0 <= rows.min() <= rows.max() < len(lengths)
+            and ends[:, 0].min() >= 0
+            and (ends[:, :-1] <= ends[:, 1:]).all()
+            and (ends[:, -1] <= lengths[rows]).all()
+        ):
+            raise BadArgument("strips must lie within their rows, in order.")
+        starts = [
+            m.__array_interface__["data"][0] + np.arange(len(m), dtype=np.int64) * m.shape[1] for m in self.matrices
+        ]
+        return np.concatenate(starts)[rows]
+
+    def naive(self, chunk: int, frequencies: np.ndarray) -> bytes:
+        """The stream of a chunk by the oracle."""
+        all_rows = [row for matrix in self.matrices for row in matrix]
+        parts, runs = [], list[tuple[int, int]]()
+        for i, row in enumerate(self.rows.tolist()):
+            parts.append(all_rows[row][self.ends[i, chunk] : self.ends[i, chunk + 1]])
+            before = runs.pop()[0] if i and self.runs[i] == self.runs[i - 1] else 0
+            runs.append((before + len(parts[-1]), int(self.tables[i])))
+        return naive.encode(np.concatenate(parts) if parts else np.zeros(0, np.uint8), runs, frequencies)
+
+
+def encode_strips(
+    strips: Strips, frequencies: np.ndarray, *, impl: str = "auto", isa: str | None = None
+) -> list[bytes]:
+    """The stream of each chunk; other arguments and errors as in `encode`."""
+    _check_frequencies(frequencies)
+    tables, num_chunks = strips.tables, strips.ends.shape[1] - 1
+    addresses = strips.addresses
+    if len(tables) and not 0 <= tables.min() <= tables.max() < len(frequencies):
+        raise BadArgument(f"strips must have one of {len(frequencies)} tables; got {tables.min()} to {tables.max()}.")
+    if _chosen(impl) == "naive":
+        return [strips.naive(chunk, frequencies) for chunk in range(num_chunks)]
+    ends, frequencies = np.ascontiguousarray(strips.ends), np.ascontiguousarray(frequencies)
+    num_bytes = np.zeros(num_chunks, np.int64)
     encode_native = native.library().steno_rans_encode
     encode_native.restype = ctypes.c_int64
-    num_bytes = encode_native(
-        native.address(symbols), native.address(runs.lengths), native.address(runs.tables), ctypes.c_int64(len(runs.lengths)),
-        native.address(frequencies),
-        native.address(room), ctypes.c_int64(len(room)), ctypes.c_int32(native.number_of_isa(isa)),
-    )  # fmt: skip
-    if num_bytes < 0:  # the room is enough for any symbols
+    total = int((ends[:, -1] - ends[:, 0]).sum())
+    for most_bytes in (1, 2):  # of a symbol; more than one is rare
+        room = np.empty(most_bytes * total + num_chunks * STREAM_BYTES, np.uint8)
+        status = encode_native(
+            native.address(addresses), native.address(ends), native.address(tables), native.address(strips.runs),
+            ctypes.c_int64(len(tables)), ctypes.c_int64(num_chunks),
+            native.address(frequencies), ctypes.c_int64(len(frequencies)),
+            native.address(room), ctypes.c_int64(len(room)), native.address(num_bytes),
+            ctypes.c_int32(native.number_of_isa(isa)),
+        )  # fmt: skip
+        if status != -1:
+            break
+    if status == -3:
+        raise MemoryError("no memory for the scratch of a native kernel.")
+    if status < 0:
         raise BadArgument("every symbol of a run needs a frequency in its table; got one that lacks it.")
-    return room[len(room) - num_bytes :].tobytes()
+    last = np.cumsum(num_bytes)
+    return [room[a:b].tobytes() for a, b in zip(last - num_bytes, last, strict=True)]
 
 
 def decode(
