@@ -62,7 +62,7 @@ def decode(model: Any, held: Held, request: dict[str, Any]) -> dict[str, Any]:
     """Greedy steps after the given tokens, or the forced ones; log-probabilities `[n, V]` fp32 go to a file.
 
     Each pass is behind as many tokens as the request says, more than one only where they are forced. Seconds are those of
-    passes behind one token.
+    passes behind one token, null of others.
     """
     cache, position, feed = fork(held.cache), held.num_tokens, request["given"]
     forced, ends = request["forced"], frozenset(request["end_tokens"])
@@ -81,8 +81,7 @@ def decode(model: Any, held: Held, request: dict[str, Any]) -> dict[str, Any]:
         )
         logprob = out.logits[0, -behind:].float().log_softmax(-1)
         tokens = wanted or [int(logprob[0].argmax())]
-        if behind == 1:
-            seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started if behind == 1 else None)
         logprobs.append(logprob)
         position += len(inputs)
         made, feed = made + tokens, tokens[-1:]

@@ -111,7 +111,7 @@ def test_drift_is_that_of_the_definition(
             torch.cat(
                 [
                     s.logprobs.double()
-                    for s in lm.read(instance.context, recipe).follow_text(tokens, passes=forced_passes())
+                    for s in lm.read(instance.context, recipe).follow_text(tokens, passes=forced_passes(timed=True))
                 ]
             )
             for recipe in ("full", "int4")

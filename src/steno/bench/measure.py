@@ -77,21 +77,20 @@ class Spoken:
     text: str
     token_ids: list[int]
     logprobs: Tensor
-    ttft_s: float
+    ttft_s: float | None
     step_s: list[float]
     kv_bytes: int
     kv_bytes_peak: int
 
     @classmethod
     def of(cls, answer: Answer) -> Spoken:
-        text, ids, logprobs, seconds = "", list[int](), list[Tensor](), list[float]()
+        text, ids, logprobs, seconds = "", list[int](), list[Tensor](), list[float | None]()
         last = time.perf_counter()
         for step in answer:
             text += step.text
             if step.logprobs is not None:
                 now = time.perf_counter()
-                if len(step.token_ids) == 1:
-                    seconds.append(now - last)
+                seconds.append(now - last if len(step.token_ids) == 1 else None)
                 last = now
                 ids += step.token_ids
                 logprobs.append(step.logprobs)
@@ -100,15 +99,15 @@ class Spoken:
             token_ids=ids,
             logprobs=torch.cat(logprobs),
             ttft_s=seconds[0],
-            step_s=seconds[1:],
+            step_s=[s for s in seconds[1:] if s is not None],
             kv_bytes=answer.cache.kv_bytes,
             kv_bytes_peak=answer.cache.kv_bytes_peak,
         )
 
 
-def forced_passes() -> Iterator[int]:
-    """How many forced tokens each pass takes: first one, as long as it takes to time them, then several at once."""
-    return chain(repeat(1, TIMED_STEPS), repeat(FORCED_AT_ONCE))
+def forced_passes(*, timed: bool) -> Iterator[int]:
+    """How many forced tokens each pass takes: several at once; first single ones where they are to be timed."""
+    return chain(repeat(1, TIMED_STEPS if timed else 0), repeat(FORCED_AT_ONCE))
 
 
 class Reading(Protocol):
@@ -141,14 +140,14 @@ class OwnReading:
         return Spoken.of(answer)
 
     def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str) -> Spoken:
-        passes = self._passes()
+        passes = self._passes(timed=False)
         return Spoken.of(self.context.follow_answer(answer, question, answer_prefix=answer_prefix, passes=passes))
 
     def follow_text(self, continuation: Sequence[int]) -> Spoken:
-        return Spoken.of(self.context.follow_text(continuation, passes=self._passes()))
+        return Spoken.of(self.context.follow_text(continuation, passes=self._passes(timed=True)))
 
-    def _passes(self) -> Iterator[int]:
-        return repeat(1) if self.context.cache.recipe.acts_at_each_step else forced_passes()
+    def _passes(self, *, timed: bool) -> Iterator[int]:
+        return repeat(1) if self.context.cache.recipe.acts_at_each_step else forced_passes(timed=timed)
 
 
 def own(lm: LanguageModel, recipe: str) -> Read:
@@ -233,6 +232,7 @@ def _follow(
 
 def _note(spoken: Spoken, result: Measurement) -> None:
     """Time and memory of an answer that was just decoded."""
+    assert spoken.ttft_s is not None, "the first token comes alone where it is timed"
     result.ttft_s.append(spoken.ttft_s)
     result.step_s += spoken.step_s
     result.new_tokens += len(spoken.token_ids)

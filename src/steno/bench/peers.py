@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, final
@@ -220,24 +220,24 @@ class PeerReading:
         return self.cost
 
     def ask(self, question: str | None, *, max_new_tokens: int, answer_prefix: str) -> Spoken:
-        return self._decode(self._turn(question, answer_prefix), max_new_tokens, None)
+        return self._decode(self._turn(question, answer_prefix), repeat(1, max_new_tokens), None)
 
     def follow_answer(self, answer: Sequence[int], question: str | None, *, answer_prefix: str) -> Spoken:
-        return self._decode(self._turn(question, answer_prefix), len(answer), answer)
+        passes = islice(forced_passes(timed=False), len(answer))  # nothing that a peer does here is done at every step
+        return self._decode(self._turn(question, answer_prefix), passes, answer)
 
     def follow_text(self, continuation: Sequence[int]) -> Spoken:
-        return self._decode(list(continuation[:1]), len(continuation) - 1, continuation[1:])
+        passes = islice(forced_passes(timed=True), len(continuation) - 1)
+        return self._decode(list(continuation[:1]), passes, continuation[1:])
 
     def _turn(self, question: str | None, answer_prefix: str) -> list[int]:
         asked = [] if question is None else self.lm.question_tokens(question)
         return asked + self.lm.tokenize(self.lm.template.after + answer_prefix)
 
-    def _decode(self, given: list[int], max_new_tokens: int, forced: Sequence[int] | None) -> Spoken:
-        # nothing that a peer does here is done at every step
-        passes = list(islice(forced_passes(), max_new_tokens)) if forced is not None else [1] * max_new_tokens
+    def _decode(self, given: list[int], passes: Iterable[int], forced: Sequence[int] | None) -> Spoken:
         said = self.worker.call({
             "given": given, "end_tokens": sorted(self.lm.end_tokens),
-            "forced": None if forced is None else list(forced), "passes": passes, "logprobs": str(self.worker.logprobs),
+            "forced": None if forced is None else list(forced), "passes": list(passes), "logprobs": str(self.worker.logprobs),
         })  # fmt: skip
         ids = said["token_ids"]
         return Spoken(
@@ -245,7 +245,7 @@ class PeerReading:
             token_ids=ids,
             logprobs=torch.from_numpy(np.load(self.worker.logprobs, allow_pickle=False)).to(self.lm.model.device),
             ttft_s=said["seconds"][0],
-            step_s=said["seconds"][1:],
+            step_s=[s for s in said["seconds"][1:] if s is not None],
             kv_bytes=said["kv_bytes"],
             kv_bytes_peak=said["kv_bytes_peak"],
         )
