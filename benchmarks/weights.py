@@ -56,7 +56,7 @@ def step_times(lm: steno.LanguageModel, ids: torch.Tensor, recipe: str, steps: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--weights", nargs="+", default=["fp16", "int8", "int4"])
+    parser.add_argument("--weights", nargs="+", default=["bf16", "fp16", "int8", "int4"])
     parser.add_argument("--recipe", default="int4 @ 100%")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=256)

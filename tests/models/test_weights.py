@@ -18,15 +18,26 @@ from steno.models import weights
 from steno.models.embedded import DEFAULT_MODEL
 from steno.models.folder_cache import default_cache_dir, is_complete
 from steno.models.load import load_model
-from steno.models.weights import FORMATS, Fp16Linear, Int4Linear, Int8Linear, check_weights, shrink_weights
+from steno.models.weights import (
+    FORMATS,
+    Bf16Linear,
+    Fp16Linear,
+    Int4Linear,
+    Int8Linear,
+    check_weights,
+    cpu_has_bfloat16,
+    shrink_weights,
+)
 from tiny import build, prompt
 
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this build of torch has no FBGEMM"
 )
 # relative error of a product of Gaussian numbers: rounding of the weights, and for int8 of the activations too
-ERRORS = {Fp16Linear: 1e-3, Int8Linear: 0.025, Int4Linear: 0.15}
+ERRORS = {Bf16Linear: 0.01, Fp16Linear: 1e-3, Int8Linear: 0.025, Int4Linear: 0.15}
 CPU = torch.device("cpu")
+needs_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not multiply bfloat16")
+FORMATS_HERE = [name for name in FORMATS if name != "bf16" or cpu_has_bfloat16()]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -43,7 +54,7 @@ def a_layer(num_in: int, num_out: int, bias: bool, seed: int = 0) -> nn.Linear:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(list(FORMATS.values())),
+    kind=st.sampled_from([FORMATS[name] for name in FORMATS_HERE]),
     groups=st.integers(1, 6),
     blocks=st.integers(1, 8),
     rows=st.integers(1, 9),
@@ -62,7 +73,7 @@ def test_every_token_is_near(kind: type[nn.Module], groups: int, blocks: int, ro
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("kind", FORMATS.values())
+@pytest.mark.parametrize("kind", [FORMATS[name] for name in FORMATS_HERE])
 @torch.inference_mode()
 def test_a_token_does_not_depend_on_its_neighbours(kind: type[nn.Module]) -> None:
     layer, x = kind(a_layer(64, 48, True)), torch.randn(3, 64)
@@ -70,7 +81,7 @@ def test_a_token_does_not_depend_on_its_neighbours(kind: type[nn.Module]) -> Non
     assert relative_error(together, layer(x)) < 1e-3
 
 
-@pytest.mark.parametrize("kind", FORMATS.values())
+@pytest.mark.parametrize("kind", [FORMATS[name] for name in FORMATS_HERE])
 @torch.inference_mode()
 def test_constant_tokens_and_empty_rows_of_weights(kind: type[nn.Module]) -> None:
     layer = a_layer(64, 32, True)
@@ -83,7 +94,7 @@ def test_constant_tokens_and_empty_rows_of_weights(kind: type[nn.Module]) -> Non
     assert torch.allclose(found[:, 3], layer.bias[3].expand(3), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", FORMATS.values())
+@pytest.mark.parametrize("kind", [FORMATS[name] for name in FORMATS_HERE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_the_dtype_of_the_activations_stays(kind: type[nn.Module], dtype: torch.dtype) -> None:
@@ -107,6 +118,23 @@ def test_without_vnni_the_activations_have_7_bits(monkeypatch: pytest.MonkeyPatc
     assert error[False] < 0.05
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+@torch.inference_mode()
+def test_bf16_of_a_model_in_bfloat16_is_the_same_to_the_bit(name: str) -> None:
+    model, ids = build(name).bfloat16(), prompt(40, rows=2)
+    expected = model(ids).logits
+    shrink_weights(model, "bf16")
+    assert any(isinstance(module, Bf16Linear) for module in model.modules())
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_bf16_where_nothing_multiplies_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "cpu_has_bfloat16", lambda: False)
+    with pytest.raises(BadArgument, match="multiplies bfloat16"):
+        check_weights("bf16", CPU)
+
+
 def test_a_weight_beyond_float16_is_refused() -> None:
     layer = a_layer(8, 8, False)
     layer.weight[0, 0] = 1e5
@@ -123,7 +151,7 @@ def test_int8_leaves_the_engine_and_the_filters_of_warnings_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "mixtral"])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS_HERE)
 @torch.inference_mode()
 def test_models_answer_alike(name: str, kind: str) -> None:
     """Untied heads, biases (Qwen 2), fused matrices (Phi-3), experts that are no linear layers (Mixtral)."""
@@ -133,8 +161,8 @@ def test_models_answer_alike(name: str, kind: str) -> None:
     found = model(ids).logits.log_softmax(-1)
     assert not any(type(module) is nn.Linear for module in model.modules())
     divergence = (expected.exp() * (expected - found)).sum(-1)
-    # weights as large as those of `tiny` disagree far more than trained ones; fp16 still does not
-    assert divergence.mean() < {"fp16": 1e-4, "int8": 0.05, "int4": 1.0}[kind]
+    # weights as large as those of `tiny` disagree far more than trained ones; 16 bits still do not
+    assert divergence.mean() < {"bf16": 5e-3, "fp16": 1e-4, "int8": 0.05, "int4": 1.0}[kind]
     assert divergence.mean() > 0
 
 
@@ -149,7 +177,7 @@ def test_int4_takes_int8_for_the_head_and_for_odd_shapes() -> None:
     assert model(prompt(9)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS_HERE)
 def test_load_and_decode(tiny_folder: Path, kind: str) -> None:
     plain, lm = steno.load(tiny_folder), steno.load(tiny_folder, weights=kind)
     assert lm.loaded.weights == kind

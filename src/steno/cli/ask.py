@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--weights",
         metavar="W",
-        help="keep the linear layers in fp16, int8 or int4: faster steps on an x86 CPU (default: as --dtype)",
+        help="keep the linear layers in bf16, fp16, int8 or int4: faster steps on an x86 CPU (default: as --dtype)",
     )
     machine.add_argument(
         "--chunk-tokens",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steno.codec.rotation import turn
 from steno.kernels import frame as fused
-from steno.models.load import cpu_has_bfloat16
+from steno.models.weights import cpu_has_bfloat16
 
 DEAD_ZONE = 0.1
 """So much of a step more is rounded towards 0: fewer bits for little error, as most numbers are small."""

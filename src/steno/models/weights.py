@@ -1,4 +1,4 @@
-"""Weights in fewer bits: linear layers that read 16, 8 or 4 bits per weight through the kernels of torch, on x86 CPUs.
+"""Weights for decoding: linear layers that read 16, 8 or 4 bits per weight through the kernels of torch, on x86 CPUs.
 
 A decode step reads every weight once, so with a small KV cache the weights are most of what is left to read. Embeddings,
 norms and the experts of a mixture stay as they are; an output head that shares its matrix with the embedding gets one
@@ -40,6 +40,25 @@ class Fp16Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of x."""
         return _with_bias(torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed), self.bias, x)
+
+
+@final
+class Bf16Linear(nn.Module):
+    """Weights as bfloat16, laid out once as oneDNN reads them instead of anew in every call.
+
+    Of a model in bfloat16 nothing is lost: results are those of `nn.Linear` to the bit.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the dtype of x."""
+        bias = self.bias if x.dtype == torch.bfloat16 else None  # else it is added in more bits
+        out = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, bias, "none", [], "")
+        return out if bias is not None else _with_bias(out, self.bias, x)
 
 
 @final
@@ -110,7 +129,9 @@ def _with_bias(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-FORMATS: Mapping[str, type[nn.Module]] = MappingProxyType({"fp16": Fp16Linear, "int8": Int8Linear, "int4": Int4Linear})
+FORMATS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"bf16": Bf16Linear, "fp16": Fp16Linear, "int8": Int8Linear, "int4": Int4Linear}
+)
 
 
 def check_weights(weights: str | None, device: torch.device) -> None:
@@ -121,7 +142,9 @@ def check_weights(weights: str | None, device: torch.device) -> None:
         raise BadArgument(f"`weights` must name a format; got weights={weights!r}; {nearest(weights, FORMATS)}")
     if device.type != "cpu":
         raise BadArgument(f"weights={weights!r} runs on a CPU only; got device={device.type!r}; leave one of them out.")
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if weights == "bf16" and not (torch.backends.mkldnn.is_available() and cpu_has_bfloat16()):
+        raise BadArgument("weights='bf16' needs oneDNN in torch and a CPU that multiplies bfloat16; take 'fp16' here.")
+    if weights != "bf16" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise BadArgument(f"weights={weights!r} needs the FBGEMM kernels of torch, which this build (not x86?) lacks.")
 
 
@@ -144,6 +167,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 yield parent, name, child
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
 
 
 def has_vnni() -> bool:
