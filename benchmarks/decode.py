@@ -53,6 +53,7 @@ from steno.methods.transform.hadamard import hadamard_basis
 from steno.types import Need
 
 HOSTS = ("DynamicCache bfloat16", "DynamicCache float32", "QuantizedCache bfloat16", "QuantizedCache float32")
+WEIGHTS = " weights"
 RECIPES = (
     "full",
     "int4 @ 100%",
@@ -75,18 +76,25 @@ class Models:
     """The model in the dtypes asked for, each loaded when it is first needed, the one before let go."""
 
     def __init__(self, source: str) -> None:
-        self.load = lru_cache(maxsize=1)(lambda dtype: steno.load(source, dtype=dtype))  # None: steno's choice
+        # None: steno's choice
+        self.load = lru_cache(maxsize=1)(lambda dtype, weights: steno.load(source, dtype=dtype, weights=weights))
 
     def of(self, contender: str) -> steno.LanguageModel:
-        lm = self.load(contender.split()[-1] if contender in HOSTS else None)
+        lm = self.load(contender.split()[-1], None) if contender in HOSTS else self.load(None, split(contender)[1])
         lm.model.set_attn_implementation("sdpa" if contender in HOSTS else "steno")
         return lm
+
+
+def split(contender: str) -> tuple[str, str | None]:
+    """The recipe of a contender, and the format of the weights where it is not the model's own."""
+    recipe, _, weights = contender.removesuffix(WEIGHTS).rpartition(", ")
+    return (recipe, weights) if contender.endswith(WEIGHTS) else (contender, None)
 
 
 def prompt(lm: steno.LanguageModel, contender: str, context: int, new_tokens: int) -> torch.Tensor:
     """Token ids `[1, S]` of the language reference: `context` of them, or as many as leave room for what follows."""
     room = lm.loaded.max_positions - new_tokens if lm.loaded.max_positions else context
-    if contender not in HOSTS and Need.REPLAY in steno.parse_recipe(contender).needs:
+    if contender not in HOSTS and Need.REPLAY in steno.parse_recipe(split(contender)[0]).needs:
         room -= REPLAY_ROOM
     return torch.tensor(prompts(lm.tokenize, 1, min(context, room)))
 
@@ -96,7 +104,7 @@ def read(lm: steno.LanguageModel, contender: str, ids: torch.Tensor) -> Any:
     if contender in HOSTS:
         cache: Any = DynamicCache(config=lm.model.config)
     else:
-        cache = steno.KVCache(lm.model.config, contender)
+        cache = steno.KVCache(lm.model.config, split(contender)[0])
         if Need.REPLAY in cache.recipe.needs:
             replay(lm, cache, ids)
             return cache
@@ -204,6 +212,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", action="append", help=f"repeatable; default: {'; '.join(RECIPES)}".replace("%", "%%")
     )
+    parser.add_argument(
+        "--weights", action="append", help="format of the weights under the recipes, as of steno.load; repeatable"
+    )
     parser.add_argument("--host", action="append", choices=HOSTS, help="repeatable; default: all")
     parser.add_argument("--no-host", action="store_true", help="recipes alone")
     parser.add_argument("--batch", action="append", type=int, help="repeatable; default: 1, 4, 8 and 16")
@@ -220,7 +231,8 @@ def parse_args() -> argparse.Namespace:
     if not is_optimum_quanto_available():
         notice("QuantizedCache: optimum-quanto is not installed, left out")
         hosts = [host for host in hosts if not host.startswith("QuantizedCache")]
-    args.contender = [*hosts, *(args.recipe or RECIPES)]
+    own = [w and f", {w}{WEIGHTS}" for w in args.weights or [""]]
+    args.contender = [*hosts, *(recipe + w for w in own for recipe in args.recipe or RECIPES)]
     args.batch = args.batch or [1, 4, 8, 16]
     args.context = args.context or [1024, 2048, 4096, 8192]
     return args

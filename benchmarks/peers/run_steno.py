@@ -65,7 +65,7 @@ RECIPES = ("full", "int4 @ 100%", "snapkv | adakv | kivi(bits=4) @ 50%", "kvzip 
 if __name__ == "__main__":
     small = {
         f"{recipe}, {weights} weights": partial(measure, recipe=recipe, weights=weights)
-        for weights in ("int8", "int4")
+        for weights in ("bf16", "int8", "int4")
         for recipe in RECIPES[1:]
     }
     serve({recipe: partial(measure, recipe=recipe) for recipe in RECIPES} | small)
