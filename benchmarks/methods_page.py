@@ -1,4 +1,5 @@
-"""Write the measured part of docs/methods.md from benchmarks/results/bench-*.jsonl, the rows of docs/results.md.
+"""Write the measured part of docs/methods.md from benchmarks/results/bench-*.jsonl, the rows of docs/results.md, and
+prefill-*.jsonl, those of `benchmarks/prefill.py`.
 
 One line for each method and form that is measured; of rows that measure the same thing the last one counts.
 """
@@ -7,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # as in the other scripts: nothing in this folder is to pass for an installed package
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
 
 from benchmarks.common import notice
+from benchmarks.common import read_rows as read_json
 from benchmarks.report import replaced
 from benchmarks.result_recipes import AT_ALL_BUDGETS, BUDGETS, CONTEXTS, NEEDLES, TEXT, Entry, entries
 from benchmarks.result_summary import DASH, latest, table
@@ -24,15 +27,20 @@ from steno.bench.rows import Row, read_rows
 from steno.methods import describe_methods
 
 PART = "measured"
-HEAD = ("kind", "name", "recipe", "paper", "sees", "trained", *BUDGETS, "without a budget")
+NUM_LAYERS = 30
+"""Of the model that is measured."""
+
+HEAD = (
+    "kind", "name", "recipe", "paper", "sees", "trained", *BUDGETS, "without a budget", "compression, s", "prefill",
+)  # fmt: skip
 Found = dict[tuple[str, str, int], Row]
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], prefills: Sequence[dict[str, Any]]) -> str:
     """The text of the part: what was measured on what, and a line for each method and form."""
     known, left_out = entries()
-    found = latest(rows)
-    lines = [line for method in describe_methods() for line in method_lines(method, known, found)]
+    found, by_form = latest(rows), {row["recipe"].split(" @ ")[0]: row for row in prefills}
+    lines = [line for method in describe_methods() for line in method_lines(method, known, found, by_form)]
     blocks = [*(conditions(rows) if rows else ["No rows are measured yet."]), table(HEAD, lines)]
     if left_out:
         blocks.append("Not measured: " + "; ".join(f"`{name}`, {why}" for name, why in left_out.items()) + ".")
@@ -48,14 +56,21 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         f"{first.model} in {first.dtype} on {first.device}; {hosts}. In a cell, above: the share of right answers on {needles} "
         f"at {contexts} tokens, the KL divergence in nats a token and the top-1 agreement on text that goes on, both against "
-        "the full cache; in the middle: bits held per number of the full cache, and the share of its bytes; below: seconds "
-        "that compression took after the prefill (0 where it is a part of it), and milliseconds of a decode step. Bytes and "
-        f"times are those at the greatest length; the machine may have been busy. A budget is a share of the tokens; `{DASH}`: "
-        "not measured, or refused. Intervals and single tasks: [results.md](results.md)."
+        "the full cache; below: bits held per number of the full cache, the share of its bytes, and milliseconds of a decode "
+        "step. Bytes and milliseconds are those at the greatest length; the machine may have been busy. A budget is a share of "
+        f"the tokens; `{DASH}`: not measured, or refused. Intervals and single tasks: [results.md](results.md)."
+    )
+    yield (
+        "*Compression*: seconds that scoring, choosing and packing a prompt of 4,096 tokens took, of all layers (measured over "
+        "four of them where they are alike), and *prefill*: how much longer the whole prefill took than that of `full`, from "
+        "`benchmarks/prefill.py` on two threads; [performance.md](performance.md) has the spread. `kvzip` spends its time on "
+        "replaying the prompt."
     )
 
 
-def method_lines(method: dict[str, object], known: Sequence[Entry], found: Found) -> Iterator[list[str]]:
+def method_lines(
+    method: dict[str, object], known: Sequence[Entry], found: Found, by_form: Mapping[str, dict[str, Any]]
+) -> Iterator[list[str]]:
     """The lines of a method, as `describe_methods` has it: one for each form, or one of dashes."""
     mine = [entry for entry in known if entry.shows == (method["kind"], method["id"])]
     needs = method["needs"]
@@ -68,10 +83,18 @@ def method_lines(method: dict[str, object], known: Sequence[Entry], found: Found
     ]
     name = [str(method["kind"]), f"`{method['id']}`"]
     if not mine:
-        yield [*name, DASH, *about, *[DASH] * (len(BUDGETS) + 1)]
+        yield [*name, DASH, *about, *[DASH] * (len(BUDGETS) + 3)]
     for form, group in groupby(mine, key=lambda entry: entry.form):
         cells = {entry.budget: cell(entry, found) for entry in group}
-        yield [*name, f"`{form}`", *about, *(cells.get(budget, DASH) for budget in (*BUDGETS, None))]
+        measured = [cells.get(budget, DASH) for budget in (*BUDGETS, None)]
+        yield [*name, f"`{form}`", *about, *measured, *prefill_cells(by_form.get(form))]
+
+
+def prefill_cells(row: Mapping[str, Any] | None) -> list[str]:
+    """Seconds of compression over all layers, and by how much the prefill is longer."""
+    if row is None:
+        return [DASH, DASH]
+    return [f"{row['compress_s'] * NUM_LAYERS / row['layers']:.2f}", f"{row['overhead_full_percent']:+.0f} %"]
 
 
 def cell(entry: Entry, found: Found) -> str:
@@ -91,8 +114,8 @@ def cell(entry: Entry, found: Found) -> str:
         f"{mean(top1):.0%}" if top1 else DASH,
     ]
     held = [f"{mean([row.bits_per_value for row in longest]):.2f} bits", f"{share:.0%}"]
-    times = [f"{mean([row.compress_s for row in longest]):.2f} s", f"{mean(steps):.0f} ms" if steps else DASH]
-    return "<br>".join(", ".join(line) for line in (quality, held, times))
+    held.append(f"{mean(steps):.0f} ms" if steps else DASH)
+    return "<br>".join(", ".join(line) for line in (quality, held))
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -105,7 +128,8 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=HERE.parent / "docs" / "methods.md", metavar="FILE")
     args = parser.parse_args()
     rows = [row for path in sorted(args.results.glob("bench-*.jsonl")) for row in read_rows(path)]
-    text = replaced(args.document.read_text(encoding="utf-8"), PART, page(rows))
+    prefills = [row for path in sorted(args.results.glob("prefill-*.jsonl")) for row in read_json(path)]
+    text = replaced(args.document.read_text(encoding="utf-8"), PART, page(rows, prefills))
     if text is None:
         notice(f"{args.document} has no <!-- {PART} --> … <!-- /{PART} -->")
         sys.exit(1)
