@@ -127,6 +127,7 @@ def test_sealed_entries(call: Any, place: Path, tmp_path: Path) -> None:
     "argv",
     [
         ["store", "ls", "--store", "nonsense://x"],
+        ["store", "ls", "--store", "no/such/store"],
         ["store", "gc", "--quota", "12"],
         ["store", "gc", "--quota", "much"],
         ["store", "put", "no-such-file"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from steno.cli.ask import DEFAULT_RECIPE
 from steno.cli.document import read_document
 from steno.cli.places import add_place, open_place
-from steno.errors import StoreError
+from steno.errors import BadArgument, StoreError
 from steno.models.default import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -55,8 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from steno.models.folder_cache import default_cache_dir
 
+    place = arguments.store
+    if place and "://" not in place and arguments.action != "put" and not Path(place).expanduser().is_dir():
+        raise BadArgument(f"there is no store at {place}, which is no folder; `steno store put` begins one.")
     store = open_place(arguments, str(default_cache_dir() / "store"))
     assert store is not None, "there is a default"
     actions = {"ls": _list, "put": _put, "get": _get, "gc": _gc, "verify": _verify}
