@@ -264,7 +264,8 @@ def test_heads_that_are_kept_together_choose_together(chooser: str, transform: s
     q = torch.randn(6, 1, 16)
     segment = layer.content.rows[0].segments[0]
     expected = attend_heads(q, segment.decode(torch.float32), scale=0.25)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(segment.attend(q, 0.25), expected, strict=True))
+    found, tolerance = segment.attend(q, 0.25), 5e-3 if "int8" in transform else 1e-4  # packed products round
+    assert all(torch.allclose(a, b, atol=tolerance) for a, b in zip(found, expected, strict=True))
     cosine = torch.cosine_similarity(segment.decode(torch.float32)[0][0], keys[0, segment.positions.long()])
     assert cosine.mean() > 0.5  # the right tokens, rotated at their own positions
 

@@ -1,22 +1,21 @@
-"""Segments of latents: keys that were taken back before RoPE and mapped across heads, restored tile by tile to attend."""
+"""Segments of latents: keys that were taken back before RoPE and mapped across heads, restored tile by tile to attend.
+
+Values are never restored: the weights of the heads meet the latents, in whatever form those are held.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from steno.cache.segment import HeadKV, Segment
+from steno.cache.segment import TILE_TOKENS, HeadKV, Segment
 from steno.cache.transformed import Basis
-from steno.kernels.attention import merge_attention, softmax_over
 from steno.types import KeptTokens, Rope
-
-TILE_TOKENS = 1024
-"""Tokens whose keys are restored at a time, so that the whole is never dense."""
 
 
 class LatentBasis(Basis):
@@ -72,31 +71,32 @@ class LatentSegment(Segment):
     def lengths(self) -> tuple[int, ...]:
         return (len(self.positions),) * self.basis.num_kv_heads
 
-    def _restored(self, heads: Sequence[HeadKV], positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[Hkv, n, D]` and, for each head its latent, values `[Hkv, n, rv]`."""
-        keys = self.basis.whole_keys(torch.stack([k for k, _ in heads]))
-        keys = keys if self.rope is None else self.rope.apply(keys, positions)
-        values = torch.stack([v for _, v in heads])
-        return keys, values.repeat_interleave(self.basis.num_kv_heads // len(heads), dim=0)
+    def _restored(self, latents: Tensor, positions: Tensor) -> Tensor:
+        """Keys `[Hkv, n, D]` from `[Hl, n, rk]`."""
+        keys = self.basis.whole_keys(latents)
+        return keys if self.rope is None else self.rope.apply(keys, positions)
 
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
-        keys, values = self._restored(self.inner.decode(dtype), self.positions)
-        return list(zip(keys, self.basis.outputs(values), strict=True))
+        keys, values = (torch.stack(x) for x in zip(*self.inner.decode(dtype), strict=True))
+        values = values.repeat_interleave(self.basis.num_kv_heads // len(values), dim=0)
+        return list(zip(self._restored(keys, self.positions), self.basis.outputs(values), strict=True))
 
-    def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        num_heads = self.basis.num_kv_heads
-        grouped = q.to(dtype).unflatten(0, (num_heads, -1))  # [Hkv, G, T, D]
-        flat = grouped.flatten(1, 2)
-        parts, first = [], 0
-        for heads in self.inner.tiles(TILE_TOKENS, dtype):
-            last = first + len(heads[0][0])
-            keys, values = self._restored(heads, self.positions[first:last])
-            parts.append(softmax_over(flat @ keys.mT, values, scale=scale, softcap=softcap))
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        first = 0
+        for latents in self.inner.key_tiles(num_tokens, dtype):
+            last = first + latents.shape[1]
+            yield self._restored(latents, self.positions[first:last])
             first = last
-        out, lse = merge_attention([out for out, _ in parts], [lse for _, lse in parts])
-        out = self.basis.outputs(out).unflatten(1, grouped.shape[1:3]).flatten(0, 1)  # [H, T, D]
-        return out.to(q.dtype), lse.unflatten(1, grouped.shape[1:3]).flatten(0, 1).float()
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        # RoPE turns the keys of each token by another angle, so no one vector among the latents stands for a query
+        return list(torch.cat([q @ keys.mT for keys in self.key_tiles(TILE_TOKENS, q.dtype)], dim=2))
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        stacked = torch.stack(list(weights))  # [Hkv, M, n]
+        of_latents = stacked.unflatten(0, (len(self.inner.lengths), -1))  # [Hl, Hkv / Hl, M, n]
+        mixed = self.inner.mix(list(of_latents.flatten(1, 2))).unflatten(1, of_latents.shape[1:3])
+        return self.basis.outputs(mixed.flatten(0, 1))
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         [length] = set(lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -27,6 +27,10 @@ class HeadParts(Protocol):
         """Sums `[M, D]` of values with weights `[M, n]`."""
         ...
 
+    def keys_between(self, first: int, last: int) -> Tensor:
+        """The keys `[last - first, D]` fp32 of some tokens; `first` is a multiple of 64."""
+        ...
+
     def decode(self, dtype: torch.dtype) -> HeadKV: ...
 
 
@@ -43,6 +47,9 @@ class NoTokens:
 
     def mix(self, weights: Tensor) -> Tensor:
         return weights.new_zeros(len(weights), self.head_dim)
+
+    def keys_between(self, first: int, last: int) -> Tensor:
+        return torch.zeros(0, self.head_dim)
 
     def decode(self, dtype: torch.dtype) -> HeadKV:
         return torch.zeros(0, self.head_dim, dtype=dtype), torch.zeros(0, self.head_dim, dtype=dtype)
@@ -76,16 +83,14 @@ class PartsSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         return [head.decode(dtype) for head in self.heads]
 
-    def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        """Like `Segment.attend`; holds `[G * T, n]` of logits of one head at a time, and never the keys."""
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grouped = q.to(compute).reshape(len(self.heads), -1, q.shape[2])  # [Hkv, G * T, D]
-        outs, lses = [], []
-        for h, head in enumerate(self.heads):
-            logits = head.logits(grouped[h]) * scale  # [G * T, n]
-            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-            logits = logits if self.counts is None else logits + self.counts[h]
-            lse = logits.logsumexp(1)
-            outs.append(head.mix((logits - lse.masked_fill(lse == -torch.inf, 0)[:, None]).exp()))
-            lses.append(lse)
-        return torch.stack(outs).reshape(q.shape).to(q.dtype), torch.stack(lses).reshape(q.shape[:2]).float()
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        length = self.lengths[0]
+        for first in range(0, length, num_tokens):
+            last = min(first + num_tokens, length)
+            yield torch.stack([head.keys_between(first, last).to(dtype) for head in self.heads])
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        return [head.logits(x) for x, head in zip(q, self.heads, strict=True)]
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        return torch.stack([head.mix(w) for w, head in zip(weights, self.heads, strict=True)])

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend, attend_heads
+from steno.kernels.attention import DenseSpan, PageSpan, Span, SpanTable, attend, softmax_weights
 from steno.kernels.quant import Pages, cat_pages, decode_pages, encode_pages
+from steno.kernels.quant.sides import PageSide
 from steno.types import PAGE_TOKENS, PageFormat
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 HeadKV = tuple[Tensor, Tensor]
 """Keys and values `[n, D]` of one head."""
+
+TILE_TOKENS = 1024
+"""Tokens that are opened at a time where a step must, so that the whole is never dense."""
+
+MAX_LOGITS = 1 << 24
+"""Logits that a segment without spans holds at a time."""
 
 
 class Segment(ABC):
@@ -50,11 +57,17 @@ class Segment(ABC):
         """Per head what is added to the logits, `[n_h]` fp32: the log of how many tokens each entry stands for."""
         return None
 
-    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
-        """`decode` in parts of so many tokens, the same number of every head; heads must not differ in length."""
-        heads = self.decode(dtype)
-        for first in range(0, len(heads[0][0]), num_tokens):
-            yield [(k[first : first + num_tokens], v[first : first + num_tokens]) for k, v in heads]
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Keys `[Hkv, m, D]`, of so many tokens at a time, a multiple of 64; heads must not differ in length."""
+        yield from torch.stack([k for k, _ in self.decode(dtype)]).split(num_tokens, dim=1)
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        """Products `[M, n_h]` of q `[Hkv, M, D]`, fp32 or fp64, with the keys of each head."""
+        return [x @ k.T for x, (k, _) in zip(q, self.decode(q.dtype), strict=True)]
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        """Sums `[Hkv, M, D]` of the values of each head with weights `[M, n_h]`, fp32 or fp64."""
+        return torch.stack([w @ v for w, (_, v) in zip(weights, self.decode(weights[0].dtype), strict=True)])
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         """Segments that hold only the first `lengths[h]` tokens of each head, as exactly as they are held here."""
@@ -68,14 +81,32 @@ class Segment(ABC):
         return None
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        """Attention of q `[H, T, D]` over this segment alone: out `[H, T, D]` and log-sum-exp `[H, T]`."""
+        """Attention of q `[H, T, D]` over this segment alone: out `[H, T, D]` and log-sum-exp `[H, T]`.
+
+        Without spans it is made of `products` and `mix`, with at most `MAX_LOGITS` logits at a time, or those of one token.
+        """
         spans = self.spans()
-        if spans is None:
-            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-            return attend_heads(q, self.decode(dtype), scale=scale, softcap=softcap, log_counts=self.log_counts)
-        table = SpanTable.build([[[span] for span in spans]], head_dim=q.shape[-1])
-        out, lse = attend(q[None], table, scale=scale, softcap=softcap, causal=False)
-        return out[0], lse[0]
+        if spans is not None:
+            table = SpanTable.build([[[span] for span in spans]], head_dim=q.shape[-1])
+            out, lse = attend(q[None], table, scale=scale, softcap=softcap, causal=False)
+            return out[0], lse[0]
+        exact = q.to(torch.promote_types(q.dtype, torch.float32))
+        grouped = exact.unflatten(0, (len(self.lengths), -1))  # [Hkv, G, T, D]
+        step = max(1, MAX_LOGITS // max(1, q.shape[0] * max(self.lengths)))
+        outs, lses = zip(*(self._attend_some(part, scale, softcap) for part in grouped.split(step, dim=2)), strict=True)
+        return torch.cat(outs, dim=2).flatten(0, 1).to(q.dtype), torch.cat(lses, dim=2).flatten(0, 1).float()
+
+    def _attend_some(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Out `[Hkv, G, T, D]` and log-sum-exp `[Hkv, G, T]` of q `[Hkv, G, T, D]`."""
+        counts: Sequence[Tensor | None] = self.log_counts or [None] * len(self.lengths)
+        weights, lses = zip(
+            *(
+                softmax_weights(x, scale=scale, softcap=softcap, log_counts=c)
+                for x, c in zip(self.products(q.flatten(1, 2)), counts, strict=True)
+            ),
+            strict=True,
+        )
+        return self.mix(weights).unflatten(1, q.shape[1:3]), torch.stack(lses).unflatten(1, q.shape[1:3])
 
 
 def _cut(per_head: Sequence[Tensor] | None, lengths: Sequence[int]) -> list[Tensor] | None:
@@ -159,10 +190,20 @@ class DenseSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         return [(k.to(dtype), v.to(dtype)) for k, v in self._heads()]
 
-    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
-        for first in range(0, self.lengths[0], num_tokens):
-            part = slice(first, first + num_tokens)
-            yield [(k[part].to(dtype), v[part].to(dtype)) for k, v in self._heads()]
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        for part in self.keys.unflatten(0, (len(self.lengths), -1)).split(num_tokens, dim=1):
+            yield part.to(dtype)
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        keys = [k.split(TILE_TOKENS) for k, _ in self._heads()]
+        return [torch.cat([x @ k.to(x.dtype).T for k in tiles], dim=1) for x, tiles in zip(q, keys, strict=True)]
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        outs = []
+        for w, (_, v) in zip(weights, self._heads(), strict=True):
+            tiles = zip(w.split(TILE_TOKENS, dim=1), v.split(TILE_TOKENS), strict=True)
+            outs.append(torch.stack([part @ x.to(w.dtype) for part, x in tiles]).sum(0))
+        return torch.stack(outs)
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         heads = [(k[:n], v[:n]) for (k, v), n in zip(self._heads(), lengths, strict=True)]
@@ -228,14 +269,16 @@ class PagedSegment(Segment):
     def lengths(self) -> tuple[int, ...]:
         return tuple((b - a) * PAGE_TOKENS for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
-    def tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[list[HeadKV]]:
-        step = max(1, num_tokens // PAGE_TOKENS)
-        for first in range(0, self.offsets[1], step):
-            pages = cat_pages([head[first : first + step] for head in self._heads()])
-            keys, values = (
-                x.unflatten(0, (len(self.offsets) - 1, -1)).flatten(1, 2) for x in decode_pages(pages, dtype)
-            )
-            yield list(zip(keys, values, strict=True))
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        return PageSide.of(self.pages, is_keys=True).tiles(len(self.lengths), num_tokens, dtype)
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        sides = (PageSide.of(pages, is_keys=True) for pages in self._heads())
+        return [side.products(x) for x, side in zip(q, sides, strict=True)]
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        sides = (PageSide.of(pages, is_keys=False) for pages in self._heads())
+        return torch.stack([side.mix(w) for w, side in zip(weights, sides, strict=True)])
 
     def _heads(self) -> list[Pages]:
         return [self.pages[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -111,6 +111,15 @@ class TransformedSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         keys, values = zip(*self.inner.decode(dtype), strict=True)
         return list(zip(_each_head(self.basis.plain_keys, keys), _each_head(self.basis.outputs, values), strict=True))
+
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        return map(self.basis.plain_keys, self.inner.key_tiles(num_tokens, dtype))
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        return self.inner.products(self.basis.queries(q))
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        return self.basis.outputs(self.inner.mix(weights))
 
     def prefix(self, lengths: Sequence[int], dtype: torch.dtype) -> list[Segment]:
         return [replace(self, inner=part) for part in self.inner.prefix(lengths, dtype)]

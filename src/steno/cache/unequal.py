@@ -1,9 +1,8 @@
-"""Quantized pages whose keys and values differ in width, as a transform may leave them. No kernel reads them: they are
-decoded tile by tile."""
+"""Quantized pages whose keys and values differ in width, as a transform may leave them: no spans, but packed products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -11,11 +10,8 @@ import torch
 from torch import Tensor
 
 from steno.cache.segment import HeadKV, Segment
-from steno.kernels.attention import attend_heads, merge_attention
 from steno.kernels.quant.sides import PageSide
 from steno.types import PAGE_TOKENS, PageFormat
-
-TILE_PAGES = 16
 
 
 @final
@@ -54,26 +50,20 @@ class UnequalPagedSegment(Segment):
         return None if self.counts is None else list(self.counts.split(self.lengths))
 
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
-        return self._decoded(0, max(self.lengths) // PAGE_TOKENS, dtype)
+        heads = zip(self._heads(self.keys), self._heads(self.values), strict=True)
+        return [(k.decode(dtype).flatten(0, 1), v.decode(dtype).flatten(0, 1)) for k, v in heads]
 
-    def _decoded(self, start: int, stop: int, dtype: torch.dtype) -> list[HeadKV]:
-        """The pages `start .. stop` of every head, as far as it has them."""
-        heads = []
-        for a, b in zip(self.offsets, self.offsets[1:], strict=False):
-            pages = slice(min(a + start, b), min(a + stop, b))
-            heads.append((self.keys[pages].decode(dtype).flatten(0, 1), self.values[pages].decode(dtype).flatten(0, 1)))
-        return heads
+    def _heads(self, side: PageSide) -> list[PageSide]:
+        return [side[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
 
-    def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        counts, parts = self.log_counts, []
-        for start in range(0, max(self.lengths) // PAGE_TOKENS, TILE_PAGES):
-            heads = self._decoded(start, start + TILE_PAGES, dtype)
-            tile = slice(start * PAGE_TOKENS, (start + TILE_PAGES) * PAGE_TOKENS)
-            cut = None if counts is None else [c[tile] for c in counts]
-            parts.append(attend_heads(q.to(dtype), heads, scale=scale, softcap=softcap, log_counts=cut))
-        out, lse = merge_attention([out for out, _ in parts], [lse for _, lse in parts])
-        return out.to(q.dtype), lse
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        return self.keys.tiles(len(self.lengths), num_tokens, dtype)
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        return [side.products(x) for x, side in zip(q, self._heads(self.keys), strict=True)]
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        return torch.stack([side.mix(w) for w, side in zip(weights, self._heads(self.values), strict=True)])
 
     def joined(self, later: Segment) -> Segment | None:
         if not isinstance(later, UnequalPagedSegment) or self.keys.fmt != later.keys.fmt:

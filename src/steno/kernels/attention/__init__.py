@@ -2,7 +2,7 @@
 
 from .dispatch import attend
 from .gather import Gathered, gather_tokens
-from .heads import attend_heads, softmax_over
+from .heads import attend_heads, softmax_weights
 from .mass import attention_mass, attention_weights
 from .merge import merge_attention
 from .spans import DenseSpan, PageSpan, Span
@@ -21,5 +21,5 @@ __all__ = [
     "attention_weights",
     "gather_tokens",
     "merge_attention",
-    "softmax_over",
+    "softmax_weights",
 ]

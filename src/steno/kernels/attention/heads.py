@@ -27,24 +27,21 @@ def attend_heads(
     outs, lses = [], []
     for h, (keys, values) in enumerate(heads):
         logits = grouped[h] @ keys.to(compute).T  # [G, T, n_h]
-        out, lse = softmax_over(
-            logits, values.to(compute), scale=scale, softcap=softcap, log_counts=log_counts[h] if log_counts else None
+        weights, lse = softmax_weights(
+            logits, scale=scale, softcap=softcap, log_counts=log_counts[h] if log_counts else None
         )
-        outs.append(out)
+        outs.append(weights @ values.to(compute))
         lses.append(lse)
     return torch.cat(outs).to(q.dtype), torch.cat(lses).float()
 
 
-def softmax_over(
-    products: Tensor, values: Tensor, *, scale: float, softcap: float | None = None, log_counts: Tensor | None = None
+def softmax_weights(
+    products: Tensor, *, scale: float, softcap: float | None = None, log_counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The end of attention: products `[..., T, n]` of queries and keys, values `[..., n, Dv]`, log_counts `[..., 1 or T, n]`
-    or `[n]`; returns out `[..., T, Dv]` and log-sum-exp `[..., T]`, 0 and -inf over nothing."""
-    if not products.shape[-1]:
-        empty = products.new_zeros(*products.shape[:-1], values.shape[-1])
-        return empty, products.new_full(products.shape[:-1], -torch.inf)
+    """The middle of attention: from products `[..., n]` of queries and keys to the weights of the values and the log-sum-exp
+    `[...]`, -inf over nothing. log_counts: `[n]`, added to the logits."""
     logits = products * scale
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     logits = logits if log_counts is None else logits + log_counts.to(logits.dtype)
     lse = logits.logsumexp(-1)
-    return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp() @ values, lse
+    return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp(), lse

@@ -176,7 +176,8 @@ def row_products(x: Tensor, matrices: Matrices) -> Tensor:
         out = x.new_zeros(len(x), num, padded)
         cpu.multiply(_whole_rows(x, 1, matrices.rows), out, matrices, _table(matrices), x_step=0, out_step=padded)
         return out[:, :, :columns].reshape(len(x), -1)
-    parts = [x @ m for at in range(0, num, BLOCK) for m in matrices[at : at + BLOCK].decode(x.dtype)]
+    blocks = (matrices[at : at + BLOCK].decode(x.dtype) for at in range(0, num, BLOCK))
+    parts = [(x @ block).transpose(0, 1).flatten(1) for block in blocks]
     return torch.cat(parts, dim=1) if parts else x.new_zeros(len(x), 0)
 
 

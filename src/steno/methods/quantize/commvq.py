@@ -164,16 +164,16 @@ class CommVQHead:
     def _books(self) -> Books:
         return books_of(self.path, self.layer_idx, self.head, self.bits)
 
-    def _keys(self, first: int, centres: Tensor) -> Tensor:
-        """The keys `[m, D]` fp32 of some tokens, rotated."""
-        part = slice(first, first + BLOCK)
-        codes = unpack_codes(self.codes[part], len(centres))
-        plain = decode_keys(codes, centres.to(codes.device)) * self.lengths[part].float()[:, None]
+    def keys_between(self, first: int, last: int) -> Tensor:
+        centres = self._books().centres
+        codes = unpack_codes(self.codes[first:last], len(centres))
+        plain = decode_keys(codes, centres.to(codes.device)) * self.lengths[first:last].float()[:, None]
         return rotated(plain, self.rope, self.positions, first)
 
     def logits(self, q: Tensor) -> Tensor:
-        centres = self._books().centres
-        return torch.cat([q @ self._keys(i, centres).to(q.dtype).T for i in range(0, self.num_tokens, BLOCK)], dim=1)
+        blocks = range(0, self.num_tokens, BLOCK)
+        keys = (self.keys_between(i, min(i + BLOCK, self.num_tokens)) for i in blocks)
+        return torch.cat([q @ k.to(q.dtype).T for k in keys], dim=1)
 
     def mix(self, weights: Tensor) -> Tensor:
         scales = self._scales().to(weights.dtype)
@@ -187,7 +187,7 @@ class CommVQHead:
 
     def decode(self, dtype: torch.dtype) -> HeadKV:
         books, scales = self._books(), self._scales().float()[:, None]
-        keys = torch.cat([self._keys(i, books.centres) for i in range(0, self.num_tokens, BLOCK)])
+        keys = self.keys_between(0, self.num_tokens)
         on = torch.cat([self.values.decode().flatten(0, 1), scales], dim=1)
         return keys.to(dtype), (on @ books.rows.to(on)).to(dtype)
 

@@ -39,6 +39,12 @@ class Outliers:
     def add_to(self, matrix: Tensor) -> Tensor:
         return matrix.scatter_add(1, self.columns.long(), self.distances.to(matrix.dtype))
 
+    def between(self, first: int, last: int) -> Outliers:
+        """Those of some columns, counted from `first`; the places of the others hold a distance of 0."""
+        columns = self.columns.long() - first
+        inside = (columns >= 0) & (columns < last - first)
+        return Outliers(columns=columns * inside, distances=self.distances.where(inside, 0))
+
     def row_products(self, x: Tensor, num_columns: int) -> Tensor:
         """x `[M, R]` times the sparse matrix, `[M, C]`."""
         terms = (x[:, :, None] * self.distances.to(x.dtype)).flatten(1)  # [M, R * 2k]
@@ -83,10 +89,15 @@ class GearHead:
         low_rank = (weights @ factors.left.to(weights.dtype)) @ factors.right.to(weights.dtype).T
         return column_products(weights, self.values) + low_rank + self.value_outliers.row_products(weights, dim)
 
+    def keys_between(self, first: int, last: int) -> Tensor:
+        pages = self.keys[first // PAGE_TOKENS : last // PAGE_TOKENS]
+        backbone = pages.decode().transpose(0, 1).flatten(1)  # [D, m]
+        factors = Factors(left=self.key_factors.left[first:last], right=self.key_factors.right)
+        return self.key_outliers.between(first, last).add_to(backbone).T + factors.matrix(torch.float32)
+
     def decode(self, dtype: torch.dtype) -> HeadKV:
-        keys = self.keys.decode().transpose(0, 1).flatten(1)  # [D, n]
+        keys = self.keys_between(0, self.num_tokens)
         values = self.values.decode().flatten(0, 1)  # [n, D]
-        keys = self.key_outliers.add_to(keys).T + self.key_factors.matrix(torch.float32)
         values = self.value_outliers.add_to(values) + self.value_factors.matrix(torch.float32)
         return keys.to(dtype), values.to(dtype)
 

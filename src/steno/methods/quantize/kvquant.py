@@ -34,8 +34,8 @@ from steno.methods.checks import require_choice, require_multiple, require_real,
 from steno.methods.quantize.before_rope import held_positions, rotated
 from steno.types import PAGE_TOKENS, KeptTokens, Need, Rope
 
-BLOCK_PAGES = 8
-"""Pages of keys that are opened at a time."""
+BLOCK = 512
+"""Tokens whose keys are opened at a time."""
 
 SAMPLE = 8192
 STEPS = 100
@@ -153,18 +153,17 @@ class KVQuantHead:
     def num_tokens(self) -> int:
         return self.keys.num_matrices * PAGE_TOKENS
 
-    def _keys(self, first_page: int) -> Tensor:
-        """The keys `[m, D]` fp32 of some pages, rotated."""
+    def keys_between(self, first: int, last: int) -> Tensor:
         dim = self.keys.columns
-        plain = self.keys[first_page : first_page + BLOCK_PAGES].decode().flatten(0, 1)
+        plain = self.keys[first // PAGE_TOKENS : last // PAGE_TOKENS].decode().flatten(0, 1)
         plain = plain * self.ranges.float() + self.offsets.float()
-        first = first_page * PAGE_TOKENS
-        plain = self.key_outliers.between(first * dim, (first + len(plain)) * dim).add_to(plain)
+        plain = self.key_outliers.between(first * dim, last * dim).add_to(plain)
         return rotated(plain, self.rope, self.positions, first)
 
     def logits(self, q: Tensor) -> Tensor:
-        pages = range(0, self.keys.num_matrices, BLOCK_PAGES)
-        return torch.cat([q @ self._keys(page).to(q.dtype).T for page in pages], dim=1)
+        blocks = range(0, self.num_tokens, BLOCK)
+        keys = (self.keys_between(i, min(i + BLOCK, self.num_tokens)) for i in blocks)
+        return torch.cat([q @ k.to(q.dtype).T for k in keys], dim=1)
 
     def mix(self, weights: Tensor) -> Tensor:
         outliers = self.value_outliers.column_products(weights, self.values.columns)
@@ -172,7 +171,7 @@ class KVQuantHead:
         return column_products(weights, self.values) + outliers + offsets[:, None]
 
     def decode(self, dtype: torch.dtype) -> HeadKV:
-        keys = torch.cat([self._keys(page) for page in range(0, self.keys.num_matrices, BLOCK_PAGES)])
+        keys = self.keys_between(0, self.num_tokens)
         values = self.values.decode().flatten(0, 1) + self.value_offsets.float()[:, None]
         return keys.to(dtype), self.value_outliers.add_to(values).to(dtype)
 

@@ -11,7 +11,7 @@ Cost: a product with a [D, D] matrix per token when its page closes, and per que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, final
@@ -61,6 +61,16 @@ class RotatedSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         heads = self.inner.decode(torch.float32)
         return [(rotate(k, back=True).to(dtype), rotate(v, back=True).to(dtype)) for k, v in heads]
+
+    def key_tiles(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        for keys in self.inner.key_tiles(num_tokens, torch.float32):
+            yield rotate(keys, back=True).to(dtype)
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        return self.inner.products(rotate(q))
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        return rotate(self.inner.mix(weights), back=True)
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         out, lse = self.inner.attend(rotate(q), scale, softcap)

@@ -116,17 +116,21 @@ class VidHead:
         out = self.fine.mix(weights[:, chosen])
         return out if self.values is None else out + column_products(weights[:, others], self.values)
 
-    def decode(self, dtype: torch.dtype) -> HeadKV:
-        parts = []
+    def keys_between(self, first: int, last: int) -> Tensor:
+        parts, pages = [], slice(first // PAGE_TOKENS, last // PAGE_TOKENS)
         if self.wide is not None:
-            parts.append(self.wide.decode().transpose(1, 2).flatten(0, 1))  # [n, W]
+            parts.append(self.wide[pages].decode().transpose(1, 2).flatten(0, 1))  # [m, W]
         if self.spectrum is not None:
-            spectrum = self.spectrum.decode().transpose(1, 2).flatten(0, 1)
+            spectrum = self.spectrum[pages].decode().transpose(1, 2).flatten(0, 1)
             parts.append(spectrum @ fourier(self.spectrum.rows)[1].to(spectrum))
         ordered = torch.cat(parts, dim=1)
         keys = torch.empty_like(ordered)
         keys[:, self.order.long()] = ordered
-        return keys.to(dtype), self._values(ordered).to(dtype)
+        return keys
+
+    def decode(self, dtype: torch.dtype) -> HeadKV:
+        keys = self.keys_between(0, self.num_tokens)
+        return keys.to(dtype), self._values(keys).to(dtype)
 
     def _values(self, like: Tensor) -> Tensor:
         ternary = like[:0] if self.values is None else self.values.decode().flatten(0, 1)

@@ -54,10 +54,19 @@ class TokenSet:
         parts = zip(weights.split(sizes, dim=1), self.values, strict=True)
         return torch.stack([column_products(w.contiguous(), m) for w, m in parts]).sum(0)
 
-    def decode(self) -> HeadKV:
-        codes = torch.cat([m.decode().transpose(1, 2).flatten(0, 1) for m in self.keys])  # [n, D]
-        values = torch.cat([m.decode().flatten(0, 1) for m in self.values])
-        return codes * self.steps.float() + self.minima.float(), values
+    def keys_between(self, first: int, last: int) -> Tensor:
+        """The keys `[last - first, D]` fp32 of some of its tokens; only their runs of 64 are opened."""
+        at, past, codes = first // PAGE_TOKENS, -(-last // PAGE_TOKENS), list[Tensor]()
+        for m in self.keys:
+            if at < m.num_matrices and past > 0:
+                codes.append(m[max(0, at) : past].decode().transpose(1, 2).flatten(0, 1))
+            at, past = at - m.num_matrices, past - m.num_matrices
+        some = torch.cat([self.steps.new_zeros(0, len(self.steps)), *codes])[first % PAGE_TOKENS :][: last - first]
+        return some * self.steps.float() + self.minima.float()
+
+    def decode_values(self) -> Tensor:
+        """`[n, D]` fp32, normalized."""
+        return torch.cat([m.decode().flatten(0, 1) for m in self.values])
 
 
 def encode_set(keys: Tensor, values: Tensor, bits: int) -> TokenSet:
@@ -111,12 +120,18 @@ class ZipHead:
         parts = [tokens.mix(weights[:, index]) for index, tokens in self._places()]
         return torch.stack(parts).sum(0) * self.channels.to(weights.dtype)
 
-    def decode(self, dtype: torch.dtype) -> HeadKV:
-        dim = len(self.channels)
-        keys, values = (torch.empty(self.num_tokens, dim, device=self.channels.device) for _ in range(2))
+    def keys_between(self, first: int, last: int) -> Tensor:
+        keys = torch.empty(last - first, len(self.channels), device=self.channels.device)
         for index, tokens in self._places():
-            keys[index], values[index] = tokens.decode()
-        return keys.to(dtype), (values * self.channels.float()).to(dtype)
+            a, b = torch.searchsorted(index, index.new_tensor([first, last])).tolist()
+            keys[index[a:b] - first] = tokens.keys_between(a, b)
+        return keys
+
+    def decode(self, dtype: torch.dtype) -> HeadKV:
+        values = torch.empty(self.num_tokens, len(self.channels), device=self.channels.device)
+        for index, tokens in self._places():
+            values[index] = tokens.decode_values()
+        return self.keys_between(0, self.num_tokens).to(dtype), (values * self.channels.float()).to(dtype)
 
 
 @final

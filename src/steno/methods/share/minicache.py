@@ -4,7 +4,8 @@ Source: Liu, Liu, Pan, He, Haffari, Zhuang, 2024, https://arxiv.org/abs/2405.143
 Differs: no code of the authors is known. The tokens that stay apart are those of the widest angle between keys, averaged over
     heads, a fixed share of them in place of a threshold, the same for values; almost parallel vectors are interpolated
     linearly; tokens after the prompt are not merged; layers of a pair keep the same tokens.
-Cost: one interpolation per pair and prompt; per step and layer a product with the common directions and their lengths.
+Cost: one interpolation per pair and prompt; per step and layer a product with the common directions, as
+    they are held, and their lengths.
 """
 
 from __future__ import annotations
@@ -19,12 +20,8 @@ from torch import Tensor
 
 from steno.cache.policy import Store
 from steno.cache.segment import HeadKV, Segment
-from steno.kernels.attention import attend_heads, merge_attention, softmax_over
 from steno.methods.checks import require_real
 from steno.types import KeptTokens, Need
-
-TILE_TOKENS = 1024
-"""Tokens whose directions are decoded at a time."""
 
 
 @final
@@ -157,8 +154,7 @@ class PairedSegment(Segment):
     def decode(self, dtype: torch.dtype) -> list[HeadKV]:
         heads = []
         directions = [] if self.inner is None else self.inner.decode(dtype)
-        merged = torch.ones(self.lengths[0], dtype=torch.bool, device=self.apart.device)
-        merged[self.apart.long()] = False
+        merged = self._merged
         for h in range(len(self.lengths)):
             both = []
             for i, (lengths, apart) in enumerate(
@@ -172,20 +168,23 @@ class PairedSegment(Segment):
             heads.append((both[0], both[1]))
         return heads
 
-    def attend(self, q: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        heads = list(zip(self.apart_keys, self.apart_values, strict=True))
-        parts = [attend_heads(q.to(dtype), heads, scale=scale, softcap=softcap)]
-        grouped = q.to(dtype).unflatten(0, (len(self.lengths), -1))  # [Hkv, G, T, D]
-        flat, first = grouped.flatten(1, 2), 0
-        for tile in self.inner.tiles(TILE_TOKENS, dtype) if self.inner is not None else ():
-            keys, values = (torch.stack([pair[i] for pair in tile]) for i in (0, 1))  # [Hkv, m, D]
-            part = slice(first, first + keys.shape[1])
-            products = flat @ keys.mT * self.key_lengths[:, None, part]
-            out, lse = softmax_over(products, values * self.value_lengths[:, part, None], scale=scale, softcap=softcap)
-            parts.append(
-                (out.unflatten(1, grouped.shape[1:3]).flatten(0, 1), lse.unflatten(1, grouped.shape[1:3]).flatten(0, 1))
-            )
-            first = part.stop
-        out, lse = merge_attention([out for out, _ in parts], [lse for _, lse in parts])
-        return out.to(q.dtype), lse.float()
+    @property
+    def _merged(self) -> Tensor:
+        """Which of the tokens are merged, `[m + p]` bool."""
+        merged = torch.ones(self.lengths[0], dtype=torch.bool, device=self.apart.device)
+        merged[self.apart.long()] = False
+        return merged
+
+    def products(self, q: Tensor) -> list[Tensor]:
+        out = q.new_empty(*q.shape[:2], self.lengths[0])
+        out[..., self.apart.long()] = q @ self.apart_keys.to(q.dtype).mT
+        if self.inner is not None:
+            out[..., self._merged] = torch.stack(self.inner.products(q)) * self.key_lengths[:, None].to(q.dtype)
+        return list(out)
+
+    def mix(self, weights: Sequence[Tensor]) -> Tensor:
+        stacked = torch.stack(list(weights))  # [Hkv, M, m + p]
+        out = stacked[..., self.apart.long()] @ self.apart_values.to(stacked.dtype)
+        if self.inner is not None:
+            out = out + self.inner.mix(list(stacked[..., self._merged] * self.value_lengths[:, None].to(out.dtype)))
+        return out

@@ -6,7 +6,8 @@ Differs: the factors A and B are not trained by gradient: the layer-wise loss ||
     without a file. Windows close as pages do with a quantize stage. The paper's 4-bit latents, fine-tuned through the
     quantizer, are a quantize stage without that: `cskv | int4`.
 Cost: an eigendecomposition of `[C, C]` per layer once, C = Hkv D; per step and old token 2 C r FLOPs to restore keys, tile by
-    tile; values are never restored.
+    tile, since each token is rotated by another angle; values are
+    never restored, nor opened from codes.
 """
 
 from __future__ import annotations

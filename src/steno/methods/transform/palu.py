@@ -8,7 +8,8 @@ Differs: the factors are found from the second moment of keys and values themsel
     prompt. Ranks are one for all layers in place of the Fisher search. A bias of the projections counts as part of the
     vectors. The Hadamard on latents is a stage of its own: `palu | hadamard | int4`.
 Cost: an eigendecomposition of `[g D, g D]` per group and layer once; per step and token 2 g D r FLOPs per KV head to restore
-    keys, tile by tile; values are never restored.
+    keys, tile by tile, since each token is rotated by another angle; values are
+    never restored, nor opened from codes.
 """
 
 from __future__ import annotations
