@@ -73,26 +73,32 @@ class Rope:
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[N, R]` fp32 at `positions` `[N]`."""
-        angles = positions.to(torch.float32)[:, None] * self.inv_freq[None, :]  # [N, R/2]
-        angles = torch.cat([angles, angles], dim=-1)  # [N, R]
+        cos, sin = self._turns(positions)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[N, R/2]` fp32, each for a channel of either half."""
+        angles = positions.to(torch.float32)[:, None] * self.inv_freq[None, :]
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """What `x` `[..., N, D]`, rotated at `positions` `[N]`, was before rotation, in x's dtype."""
-        cos, sin = self.cos_sin(positions)  # [N, R]
-        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-        first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat([second, -first], dim=-1)  # the inverse of rotate_half
-        plain = (rotated * cos + turned * sin) / self.attention_scaling**2
+        cos, sin = self._turns(positions)
+        (first, second), rest = self._halves(x)
+        plain = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1) / self.attention_scaling**2
         return torch.cat([plain.to(x.dtype), rest], dim=-1)
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` `[..., N, D]` rotated at `positions` `[N]`, in x's dtype; `undo` takes it back."""
-        cos, sin = self.cos_sin(positions)  # [N, R]
-        plain, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-        first, second = plain.chunk(2, dim=-1)
-        rotated = plain * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+        cos, sin = self._turns(positions)
+        (first, second), rest = self._halves(x)
+        turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+        return torch.cat([*turned, rest], dim=-1)
+
+    def _halves(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The two halves of the rotated channels in fp32, and the other channels."""
+        half = len(self.inv_freq)
+        return (x[..., :half].float(), x[..., half : 2 * half].float()), x[..., 2 * half :]
 
 
 @dataclass(frozen=True, kw_only=True)
