@@ -9,8 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "steno"
 ORDER = [
-    {"errors", "types", "version"}, {"calibration"}, {"kernels"}, {"cache"}, {"methods"}, {"recipe"}, {"pipeline"}, {"models"},
-    {"codec"}, {"store"},
+    {"errors", "types", "version"}, {"calibration"}, {"kernels"}, {"cache"}, {"methods"}, {"recipe"}, {"bytes_budget"},
+    {"pipeline"}, {"models"}, {"codec"}, {"store"},
     {"decode"}, {"prompt", "replay", "session"}, {"serve", "bench", "learn", "integrations"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

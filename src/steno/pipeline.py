@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
+from steno.bytes_budget import LayerRoom
 from steno.cache.policy import (
     Allocation,
     Attender,
@@ -24,11 +24,9 @@ from steno.cache.policy import (
     Transform,
 )
 from steno.errors import BudgetError
-from steno.kernels.attention.table import Column
-from steno.kernels.quant import page_bytes
 from steno.methods import METHODS, Evict, Scorer, Uniform
 from steno.recipe import WHOLE, Recipe
-from steno.types import PAGE_TOKENS, LayerKV, Need, Observation, PageFormat
+from steno.types import LayerKV, Need, Observation, PageFormat
 
 DENSE_RESIDUAL_TOKENS = 64
 """Without a quantize stage the tail becomes a dense segment when it holds this many tokens."""
@@ -123,7 +121,7 @@ class RecipePolicy:
         elif budget.share is not None:
             tokens = int(whole * budget.share)
         else:
-            tokens = self._tokens_in_bytes(kv, num_layers, whole)
+            tokens = self._room(kv, num_layers, whole).sure_tokens()
         self.check_budget(tokens, num_tokens)
         return tokens if self.evictor is not None else min(tokens, num_tokens)
 
@@ -138,68 +136,29 @@ class RecipePolicy:
                 f"{least} (sinks and window): raise the budget or lower the method's window."
             )
 
-    def _tokens_in_bytes(self, kv: LayerKV, num_layers: int, prompt_tokens: int) -> int:
-        """The most tokens per head whose layer surely fits its share of a budget in bytes."""
-        heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
-        layer_bytes = (self.recipe.budget.bytes or 0) // num_layers
-        counts = 4 if self.recipe.merge is not None and self.recipe.merge.counts_tokens else 0
-        dense = 2 * dim * size + counts  # one token of one head
-        bounds = 0
-        fixed = heads * (-(-prompt_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
-        if self.recipe.access is not None and self.selector is not None:
-            bounds, once = self.recipe.access.index_bytes(dim, size)
-            bounds += 1  # a page of the layout takes 8 bytes
-            if Need.TOKEN_TEXT in self.needs:
-                fixed += 4 * prompt_tokens  # the sentence of each token, once for all layers
-            fixed += heads * (once + 4 * 6 * 8 + 5 * 8) + 8  # the rest of the layout
-        for transform in self.recipe.transform:
-            # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
-            plain = transform.first_tokens + transform.recent_tokens
-            fixed += heads * 24 + 8 + transform.basis_bytes(heads, dim) + heads * plain * dense
-        if self.recipe.share is not None:
-            fixed += heads * 24 + 8 + self.recipe.share.fixed_bytes(heads, dim, num_layers)
-        room = layer_bytes - fixed
-        if self.encoder is not None:
-            tokens = self._encoded_tokens_in(room, kv, dense)
-        elif self.page_format is None:
-            slots = 8 if self.evictor is not None else 0
-            tokens = room // (heads * (dense + bounds + slots)) - (1 if self.evictor is not None else 0)
-        else:
-            # the worst case: every head holds a dense remainder just below a page or a residual
-            remainder = max(PAGE_TOKENS, self.residual_tokens) - 1
-            per_page = page_bytes(self.page_format, dim) + (bounds + counts) * PAGE_TOKENS
-            whole = room - heads * remainder * (dense + bounds)
-            if whole >= heads * per_page:
-                tokens = whole // (heads * per_page) * PAGE_TOKENS
-            else:
-                tokens = min(remainder, room // (heads * (dense + bounds)))
-        if tokens < 1 and kv.num_tokens:
-            raise BudgetError(
-                f"a budget of {self.recipe.budget} is {layer_bytes} bytes per layer, too little for one token per KV head: "
-                f"it must be at least {num_layers * (fixed + 2 * heads * (dense + bounds + 8))} bytes."
-            )
-        return tokens
+    def _room(self, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:
+        return LayerRoom.of(self.recipe, self, kv, num_layers, prompt_tokens)
 
-    def _encoded_tokens_in(self, room: int, kv: LayerKV, dense: int) -> int:
-        """The most tokens per head that an encoder surely stores in `room` bytes, a remainder of one chunk dense."""
-        assert self.encoder is not None
-        heads, dim = kv.num_kv_heads, kv.head_dim
-        remainder = heads * (self.encoder.chunk_tokens - 1) * dense
-
-        def fits(tokens: int) -> bool:
-            bound = self.encoder.bytes_bound(tokens, num_kv_heads=heads, head_dim=dim) if self.encoder else None
-            if bound is None:
-                name = self.recipe.quantize.id if self.recipe.quantize is not None else ""
-                raise BudgetError(
-                    f"{name} cannot say how many bytes it needs, so a budget of {self.recipe.budget} cannot be kept: give "
-                    "tokens per KV head (`512`) or a share of the prompt (`20%`)."
-                )
-            return bound + remainder <= room
-
-        return bisect_left(range(1, kv.num_tokens + 1), True, key=lambda tokens: not fits(tokens))
+    def _can_grow(self, kv: LayerKV, observation: Observation) -> bool:
+        """Whether a budget in bytes may hold more tokens than surely fit: what stays dense is known when tokens are chosen."""
+        stores = self.page_format is not None or self.encoder is not None
+        is_bytes = self.recipe.budget.bytes is not None and self.evictor is None and stores
+        return is_bytes and observation.budget_tokens < kv.num_tokens and observation.positions is None
 
     def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         """Which tokens stay; ties go to the earlier token."""
+        if self.recipe.score is None or allocation is not None or not self._can_grow(kv, observation):
+            return self._select(kv, observation, allocation)
+        room = self._room(kv, observation.num_layers, kv.num_tokens)
+
+        def attempt(tokens: int) -> Selection | None:
+            found = self._select(kv, replace(observation, budget_tokens=tokens))
+            lengths = [kv.num_tokens] * kv.num_kv_heads if found.kept is None else [len(index) for index in found.kept]
+            return found if room.bytes_of(lengths, is_ragged=found.log_counts is not None) <= room.num_bytes else None
+
+        return room.most(attempt, observation.budget_tokens) or self._select(kv, observation)
+
+    def _select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         score = self.recipe.score
         if score is None:
             return Selection(kv=kv)
@@ -232,10 +191,24 @@ class RecipePolicy:
         self, kvs: Sequence[LayerKV], observations: Sequence[Observation]
     ) -> Sequence[Allocation | None]:
         """What each layer may keep, by the scores of all as of one layer with the heads of all."""
-        score, allocate = self.recipe.score, self.recipe.allocate
-        budget = observations[0].budget_tokens
-        if score is None or allocate is None or budget >= kvs[0].num_tokens:
+        budget, num_tokens = observations[0].budget_tokens, kvs[0].num_tokens
+        if self.recipe.score is None or self.recipe.allocate is None or budget >= num_tokens:
             return [None] * len(kvs)
+        if self.recipe.merge is not None or not self._can_grow(kvs[0], observations[0]):
+            return self._allocations(kvs, observations)
+        room = self._room(kvs[0], observations[0].num_layers, num_tokens)
+
+        def attempt(tokens: int) -> list[Allocation] | None:
+            found = self._allocations(kvs, [replace(x, budget_tokens=tokens) for x in observations])
+            return found if sum(room.bytes_of(x.counts) for x in found) <= len(found) * room.num_bytes else None
+
+        return room.most(attempt, budget) or self._allocations(kvs, observations)
+
+    def _allocations(self, kvs: Sequence[LayerKV], observations: Sequence[Observation]) -> list[Allocation]:
+        """Of a budget that does not hold everything."""
+        score, allocate, budget = self.recipe.score, self.recipe.allocate, observations[0].budget_tokens
+        assert score is not None, "asked of methods that choose"
+        assert allocate is not None, "asked of methods that choose"
         scores = []
         for kv, observation in zip(kvs, observations, strict=True):
             seen = _shown_to(score, observation)

@@ -277,7 +277,7 @@ def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool,
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs)), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(changed.keys, again.change(tokens).keys, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(changed.values, again.change(tokens).values, strict=True))
-    assert held_bytes(basis) <= transform.basis_bytes(heads, dim)
+    assert held_bytes(basis) <= transform.basis_bytes(heads, dim, 1)
     assert segment.lengths == tokens.lengths
     decoded = segment.decode(torch.float32)
     for (k, v), plain_k, plain_v in zip(decoded, kv.keys, kv.values, strict=True):

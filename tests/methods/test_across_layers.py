@@ -5,28 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import steno
 from steno.cache.paged import PagedRows
 from steno.errors import RecipeError
 from steno.recipe import parse_recipe
-from tiny import prompt, shared
+from steno.types import Need
+from tiny import SHARED, prompt, shared
 
 LAYERS, HEADS, DIM = 3, 2, 12
+MANY_LAYERS, WIDE = 10, 64
 
 
-def masses(num_tokens: int) -> list[Tensor]:
+def masses(num_tokens: int, num_layers: int = LAYERS) -> list[Tensor]:
     """Scores of every layer, in which layers and heads differ much."""
     g = torch.Generator().manual_seed(num_tokens)
-    return [torch.rand(HEADS, num_tokens, generator=g) ** (1 + 4 * i) for i in range(LAYERS)]
+    return [torch.rand(HEADS, num_tokens, generator=g) ** (1 + 4 * i) for i in range(num_layers)]
 
 
-def feed(cache: steno.KVCache, num_tokens: int, num_rows: int = 1, seed: int = 0) -> None:
+def feed(cache: steno.KVCache, num_tokens: int, num_rows: int = 1, seed: int = 0, dim: int = DIM) -> None:
     g = torch.Generator().manual_seed(seed)
     for layer in cache.own_layers:
-        q, k, v = (torch.randn(num_rows, n, num_tokens, DIM, generator=g) for n in (2 * HEADS, HEADS, HEADS))
+        q, k, v = (torch.randn(num_rows, n, num_tokens, dim, generator=g) for n in (2 * HEADS, HEADS, HEADS))
         layer.update(k, v)
-        out = layer.attend(q, None, scale=DIM**-0.5)
+        out = layer.attend(q, None, scale=dim**-0.5)
         assert torch.isfinite(out).all()
 
 
@@ -97,6 +100,27 @@ def test_a_budget_in_bytes_holds(stage: str, budget: str) -> None:
     cache = read(f"kvzip | one_threshold | {stage} @ {budget}", 400)
     assert 0.3 * parse_recipe(f"keydiff @ {budget}").budget.bytes < cache.kv_bytes  # type: ignore[operator]
     assert cache.kv_bytes <= parse_recipe(f"keydiff @ {budget}").budget.bytes  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "least"),
+    [
+        ("shorthand", 0.9), ("kvzip(window=8) | one_threshold(unit=64) | gear", 0.85),
+        ("kvzip(window=8) | one_threshold | int4", 0.85), ("snapkv(window=8) | adakv | int4", 0.85),
+        ("snapkv(window=8) | int4", 0.85), ("snapkv(window=8) | adakv | chelsea | int8", 0.85),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("num_tokens", "share"), [(640, 0.13), (900, 0.15), (1333, 0.09)])
+def test_a_budget_in_bytes_is_used(recipe: str, least: float, num_tokens: int, share: float) -> None:
+    """share: of the dense prompt."""
+    full = MANY_LAYERS * HEADS * num_tokens * 2 * WIDE * 4
+    config = LlamaConfig(**{**SHARED, "head_dim": WIDE, "num_hidden_layers": MANY_LAYERS})
+    cache = steno.KVCache(config, f"{recipe} @ {int(share * full)}B")
+    feed(cache, num_tokens, dim=WIDE)
+    if Need.REPLAY in cache.recipe.needs:
+        cache.compress(masses(num_tokens, MANY_LAYERS))
+    cache.check_integrity()
+    assert least * share * full <= cache.kv_bytes <= share * full
 
 
 @pytest.mark.parametrize(

@@ -328,5 +328,5 @@ def test_bytes_are_those_of_the_formula() -> None:
     held = sum(x.numel() * x.element_size() for x in (segment.inner.keys, segment.inner.values))
     assert held == 640 * (8 + 16) * 4
     assert layer.measure() < 0.55 * layer_with("full", 640)[0].measure()
-    assert CSKV().basis_bytes(2, 16) == 32 * (16 + 16) * 4 + 32
-    assert Hadamard().basis_bytes(2, 16) == 2 * 16 * 16 * 4
+    assert CSKV().basis_bytes(2, 16, 1) == 32 * (16 + 16) * 4 + 32
+    assert Hadamard().basis_bytes(2, 16, 1) == 2 * 16 * 16 * 4

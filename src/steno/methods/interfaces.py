@@ -169,8 +169,8 @@ class Transform(Method, Protocol):
     def residual_tokens(self) -> int:
         """Without a quantize stage the tail changes its basis when it holds this many tokens (beside the recent ones)."""
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """The most bytes that the basis of one layer takes."""
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+        """The most bytes that the basis of one layer takes; its part of what is the same in all layers."""
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The basis for what one sequence keeps of its prompt in one layer; the same object where it is the same for all.

@@ -93,7 +93,7 @@ class CSKV:
         key, value = (max(1, int(x * head_dim)) * num_kv_heads for x in (self.key_density, self.value_density))
         return key, value
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
         """The directions of all channels, at most fp32, and the frequencies of RoPE."""
         return num_kv_heads * head_dim * sum(self._ranks(num_kv_heads, head_dim)) * 4 + head_dim * 2
 

@@ -57,9 +57,9 @@ class Hadamard:
     def residual_tokens(self) -> int:
         return PAGE_TOKENS
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """One matrix `[D, D]` fp32 for all heads, or two where a transform before this one left unequal widths."""
-        return 2 * head_dim**2 * 4
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+        """One matrix `[D, D]` fp32 for all heads and layers, or two where a transform before this one left unequal widths."""
+        return -(-2 * head_dim**2 * 4 // num_layers)
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The rotation of these widths, whatever the tokens."""

@@ -96,7 +96,7 @@ class Palu:
     def _ranks(self, width: int) -> tuple[int, int]:
         return max(1, round(width * self.key_share)), max(1, round(width * self.value_share))
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
         """The directions of every group, at most fp32, and the frequencies of RoPE."""
         width = self._group(num_kv_heads) * head_dim
         return num_kv_heads * head_dim * sum(self._ranks(width)) * 4 + head_dim * 2

@@ -94,10 +94,11 @@ class RotateKV:
     def _group(self, num_kv_heads: int) -> int:
         return max(g for g in range(1, min(self.heads, num_kv_heads) + 1) if num_kv_heads % g == 0)
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """Both rotations fp32, the order of channels and back int64, and the frequencies of RoPE."""
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+        """Both rotations fp32, the same for all layers, the order of channels and back int64, and the frequencies of RoPE."""
         width = self._group(num_kv_heads) * head_dim
-        return 4 * (width**2 + head_dim**2) + 2 * 8 * num_kv_heads * head_dim + 2 * head_dim
+        rotations = -(-4 * (width**2 + head_dim**2) // num_layers)
+        return rotations + 2 * 8 * num_kv_heads * head_dim + 2 * head_dim
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The rotations of these widths, and channels in ascending order of their means after rotation."""

@@ -80,7 +80,7 @@ class ThinK:
     def residual_tokens(self) -> int:
         return PAGE_TOKENS
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
         """The channels that stay, int64."""
         return num_kv_heads * self._num_channels(head_dim) * 8
 
