@@ -10,11 +10,11 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "steno"
 ORDER = [
     {"errors", "types", "version"}, {"calibration"}, {"kernels"}, {"cache"}, {"methods"}, {"recipe"}, {"bytes_budget"},
-    {"pipeline"}, {"models"}, {"codec"}, {"store"},
-    {"decode"}, {"prompt", "replay", "session"}, {"serve", "bench", "learn", "integrations"}, {"cli"}, {"__main__"},
+    {"pipeline"}, {"models"}, {"codec"}, {"store"}, {"decode"}, {"prompt", "replay"}, {"context"}, {"session"},
+    {"serve", "bench", "learn", "integrations"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-SAME_LINE = {("session", "prompt"), ("session", "replay"), ("types", "errors")}
+SAME_LINE = {("types", "errors")}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 

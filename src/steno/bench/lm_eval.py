@@ -18,11 +18,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from steno.context import Context
 from steno.decode.sampler import Sampling
 from steno.errors import BadArgument
 from steno.models.load import DEFAULT_MODEL
 from steno.recipe import parse_recipe
-from steno.session import Context, load
+from steno.session import load
 
 MAX_NEW_TOKENS = 256
 

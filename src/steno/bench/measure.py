@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from steno.bench.tasks.task import Instance, Query, Task
+from steno.context import Answer, Context, ReadReport
 from steno.errors import BadArgument
-from steno.session import Answer, Context, LanguageModel, ReadReport
+from steno.session import LanguageModel
 
 TIMED_STEPS, FORCED_AT_ONCE = 16, 8
 """Forced tokens that come one by one, as in decoding, and how many come at once after them."""

@@ -23,9 +23,10 @@ import torch
 
 from steno.bench.measure import Reading, Spoken, forced_passes
 from steno.bench.rows import PEER
+from steno.context import ReadReport
 from steno.errors import BadArgument, RecipeError, StenoError, nearest
 from steno.recipe import Budget
-from steno.session import LanguageModel, ReadReport
+from steno.session import LanguageModel
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 

@@ -21,8 +21,9 @@ from steno.models.default import DEFAULT_MODEL
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steno.context import Context
     from steno.decode.sampler import Sampling
-    from steno.session import Context, LanguageModel
+    from steno.session import LanguageModel
 
 DEFAULT_RECIPE = "shorthand @ 43%"
 
