@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steno
-from steno.cache.access import best, with_ends
 from steno.cache.accounting import is_offloaded, tensors_of
 from steno.cache.paged import PagedRows
+from steno.cache.ragged import best, with_ends
 from steno.cache.text import TokenText
 from steno.calibration import save_calibration
 from steno.errors import BadArgument, CacheError, CalibrationError

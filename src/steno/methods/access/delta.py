@@ -18,7 +18,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from steno.cache.access import AccessStep, Choice, best, with_ends
+from steno.cache.access import AccessStep, Choice
+from steno.cache.ragged import best, with_ends
 from steno.errors import BadArgument
 from steno.methods.checks import require_int, require_text, shown
 from steno.types import PAGE_TOKENS, IndexItems, Need

@@ -20,7 +20,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from steno.cache.access import AccessStep, Choice, best, with_ends
+from steno.cache.access import AccessStep, Choice
+from steno.cache.ragged import best, with_ends
 from steno.calibration import load_calibration
 from steno.errors import CalibrationError
 from steno.methods.checks import require_int, require_text

@@ -17,7 +17,8 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from steno.cache.access import AccessStep, Choice, best, with_ends
+from steno.cache.access import AccessStep, Choice
+from steno.cache.ragged import best, with_ends
 from steno.methods.access.pages import whole_pages
 from steno.methods.checks import require_int
 from steno.types import PAGE_TOKENS, IndexItems, Need

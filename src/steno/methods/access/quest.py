@@ -16,7 +16,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from steno.cache.access import AccessStep, Choice, best
+from steno.cache.access import AccessStep, Choice
+from steno.cache.ragged import best
 from steno.methods.access.pages import whole_pages
 from steno.methods.checks import require_int
 from steno.types import PAGE_TOKENS, IndexItems, Need

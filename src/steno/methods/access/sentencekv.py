@@ -20,7 +20,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from steno.cache.access import AccessStep, Choice, beyond
+from steno.cache.access import AccessStep, Choice
+from steno.cache.ragged import beyond
 from steno.methods.checks import require_bool, require_int
 from steno.types import IndexItems, Need
 
