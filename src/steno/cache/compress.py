@@ -21,34 +21,44 @@ from steno.cache.write import Full, SegmentWriter
 from steno.types import LayerKV, Observation, Rope
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class LayerPrompt:
+    """What was read of one layer, row by row, and what was seen of it. rope: of the layer, for policies that need it."""
+
+    rows: list[LayerKV]
+    observers: list[PromptObserver]
+    layer_idx: int
+    replay_mass: Tensor | None
+    rope: Rope | None
+
+
 def compress_rows(
-    prompts: list[LayerKV],
+    layer: LayerPrompt,
     prompt_tokens: list[int],
-    observers: list[PromptObserver],
     policy: LayerPolicy,
-    *,
-    layer_idx: int,
     num_layers: int,
-    replay_mass: Tensor | None,
     shared: Shared,
-    rope: Rope | None,
     allocations: Sequence[Allocation | None] | None = None,
 ) -> PagedRows | SlotRows:
-    """prompts: what was read per row, fewer than its `prompt_tokens` where some went round the layer; observers: what was
-    seen of them. shared: of all layers of the cache. rope: of the layer, for policies that need it. allocations: what was
-    found for each row by `allocate_across`, if layers were asked together.
+    """prompt_tokens: of each row, more than were read of it where some went round the layer. shared: of all layers of the
+    cache. allocations: what was found for each row by `allocate_across`, if layers were asked together.
     """
-    writer = SegmentWriter(policy=policy, layer_idx=layer_idx, num_layers=num_layers, rope=rope)
+    writer = SegmentWriter(policy=policy, layer_idx=layer.layer_idx, num_layers=num_layers, rope=layer.rope)
     rows: list[Row] = []
     tails: list[tuple[Tensor, Tensor]] = []
     slots: list[SlotRow] = []
-    found = allocations or [None] * len(prompts)
-    for kv, num_tokens, observer, allocation in zip(prompts, prompt_tokens, observers, found, strict=True):
+    found = allocations or [None] * len(layer.rows)
+    for kv, num_tokens, observer, allocation in zip(layer.rows, prompt_tokens, layer.observers, found, strict=True):
         budget = policy.budget_tokens(kv, num_layers, num_tokens)
         selection, observation = Selection(kv=kv), None
         if kv.num_tokens:
             observation = observer.observation(
-                kv, layer_idx=layer_idx, num_layers=num_layers, budget_tokens=budget, replay_mass=replay_mass
+                kv,
+                layer_idx=layer.layer_idx,
+                num_layers=num_layers,
+                budget_tokens=budget,
+                replay_mass=layer.replay_mass,
             )
             selection = policy.select(kv, observation, allocation)
         if policy.evictor is not None:
@@ -58,20 +68,8 @@ def compress_rows(
             rows.append(row)
             tails.append(tail)
     if policy.evictor is not None:
-        return SlotRows(slots, list(prompt_tokens), policy.evictor, prompts[0].head_dim)
+        return SlotRows(slots, list(prompt_tokens), policy.evictor, layer.rows[0].head_dim)
     return PagedRows(rows, Tail.of(tails, policy.residual_tokens), writer, shared)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class LayerPrompt:
-    """What was read of one layer of a group: as the arguments of `compress_rows`."""
-
-    prompts: list[HeadKV]
-    observers: list[PromptObserver]
-    layer_idx: int
-    replay_mass: Tensor | None
-    rope: Rope | None
 
 
 def allocate_across(
@@ -79,7 +77,7 @@ def allocate_across(
 ) -> list[list[Allocation | None]]:
     """What each row of each layer may keep, `[L][B]`, found row by row from the scores of all layers."""
     rows: list[Sequence[Allocation | None]] = []
-    for b in range(len(layers[0].prompts)):
+    for b in range(len(layers[0].rows)):
         kvs, observations = zip(*(_observed(layer, b, policy, num_layers) for layer in layers), strict=True)
         is_empty = not kvs[0].num_tokens
         rows.append([None] * len(layers) if is_empty else policy.allocate_across(kvs, observations))
@@ -98,7 +96,7 @@ def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: i
     ]
     rows: list[list[Row]] = [[] for _ in layers]
     tails: list[list[HeadKV]] = [[] for _ in layers]
-    for b in range(len(layers[0].prompts)):
+    for b in range(len(layers[0].rows)):
         kvs, observations = zip(*(_observed(layer, b, policy, num_layers) for layer in layers), strict=True)
         split: list[tuple[Row, Full | None, HeadKV]]
         if not kvs[0].num_tokens:
@@ -122,8 +120,7 @@ def share_rows(layers: Sequence[LayerPrompt], policy: LayerPolicy, num_layers: i
 
 def _observed(layer: LayerPrompt, b: int, policy: LayerPolicy, num_layers: int) -> tuple[LayerKV, Observation]:
     """One row of a layer in the form that methods get."""
-    keys, values = layer.prompts[b]
-    kv = LayerKV(keys=keys, values=values, positions=torch.arange(keys.shape[1], device=keys.device))
+    kv = layer.rows[b]
     observation = layer.observers[b].observation(
         kv,
         layer_idx=layer.layer_idx,

@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from steno.cache.access import Shared
 from steno.cache.accounting import Meter, held_bytes
 from steno.cache.compress import LayerPrompt, allocate_across, compress_rows, share_rows
 from steno.cache.evicting import EvictingPrompt
+from steno.cache.hosted import HostedLayer
 from steno.cache.paged import PagedRows
 from steno.cache.policy import Allocation, LayerPolicy
 from steno.cache.prompt import Prompt, ReplayObserver
+from steno.cache.reading import Reading
 from steno.cache.segment import HeadKV
 from steno.cache.slots import SlotRows
 from steno.cache.tokens import NewTokens
-from steno.errors import BadArgument, CacheError, UnsupportedAttention
+from steno.errors import CacheError
 from steno.types import LayerKV, Need, Observation, Rope, Route
 
 FEW_TOKENS = 64
 """Up to so many new tokens attend straight over the pages; more are worth decoding the row once."""
 
 
-@dataclass(kw_only=True)
-class Reading:
-    """What all layers of one cache share, most of it while the prompt is read. Mutable.
-
-    prompt_tokens: length at which the prompt is complete; None: after the first forward pass. evict: whether the method
-    evicts after every chunk of it. replay: set while the
-    context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
-    on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays. shared: what counts
-    longer than the reading.
-    image_mask: `[B, T]` bool, which tokens of the prompt, padding included, are image tokens; generate() may repeat its rows.
-    is_watched: whether hooks stand that let tokens go round layers; onward: `[n]`, those that later layers compute.
-    """
-
-    prompt_tokens: int | None = None
-    evict: bool = False
-    replay: ReplayObserver | None = None
-    on_layer: Callable[[int, int], None] | None = None
-    shared: Shared = field(default_factory=Shared)
-    image_mask: Tensor | None = None
-    is_watched: bool = False
-    onward: Tensor | None = None
-
-    def unwatch(self) -> None:
-        """Notes that the hooks are gone."""
-        self.is_watched, self.onward = False, None
-
-
-class LayerCache(CacheLayerMixin):
-    """The memory of one full-attention layer for B sequences; `update` hands itself to the attention function."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
+class LayerCache(HostedLayer):
+    """The memory of one full-attention layer for B sequences; the attention function gets it from `update`."""
 
     def __init__(
         self,
@@ -79,99 +47,33 @@ class LayerCache(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self.seen = 0
-        self.row_seen: list[int] = []
+        super()._clear()
         self.content: PagedRows | SlotRows | None = None  # once the prompt is compressed
         self._prompt: Prompt | EvictingPrompt | None = None  # until then
         self._given: HeadKV | None = None  # its beginning, from an earlier read, before the first pass
-        self._pending: tuple[Tensor, Tensor] | None = None
         self._replay_mass: Tensor | None = None  # while the prompt waits for the last layer of the group
         self._hidden: Tensor | None = None
         self._routed: tuple[Tensor, int] | None = None
-        self.token_bytes = 0  # of one token, dense, in the model's dtype
-        self.is_initialized = False
-
-    # what transformers asks
 
     @property
     def is_croppable(self) -> bool:
         return self.policy.evictor is None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Takes the new keys and values `[B, Hkv, T, D]`; they enter the cache when attention comes with its queries."""
-        if self.row_seen and key_states.shape[0] != len(self.row_seen):
-            raise BadArgument(
-                f"the batch must have as many rows as the cache, {len(self.row_seen)}; got {key_states.shape[0]}."
-            )
-        if key_states.shape != value_states.shape:
-            raise UnsupportedAttention(
-                f"keys and values must have one shape; got {list(key_states.shape)} and {list(value_states.shape)}: "
-                "attention with different key and value dimensions (MLA) is not supported."
-            )
-        self.is_initialized = True
-        self.token_bytes = 2 * key_states.shape[1] * key_states.shape[3] * key_states.element_size()
-        self._pending = (key_states, value_states)
-        return self, self
-
-    def get_seq_length(self) -> int:
-        """The logical length: tokens seen, padding included. What is held may be less."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         self._clear()
         self.measure()
 
-    def offload(self) -> None:
-        raise CacheError("steno's cache has no offloading to another device; use a recipe with a smaller budget.")
-
-    def prefetch(self) -> None:
-        raise CacheError("steno's cache has no offloading to another device; use a recipe with a smaller budget.")
-
-    @torch.inference_mode(False)
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens; as in transformers, the count is negative."""
-        if tokens_to_remove > 0:
-            raise BadArgument(f"`tokens_to_remove` must be <= 0; got tokens_to_remove={tokens_to_remove}.")
-        count = -tokens_to_remove
-        if count == 0 or not self.row_seen:
-            return
-        self.check_crop(count)
-        if self.content is not None:
-            self.content.crop(count, self.row_seen)
-        elif self._prompt is not None:
-            self._prompt.crop(count)
-        self.seen -= count
-        self.row_seen = [n - count for n in self.row_seen]
-
-    def check_crop(self, count: int) -> None:
-        """Raises if the newest `count` tokens cannot be removed; changes nothing."""
-        if count > min(self.row_seen, default=0):
-            raise BadArgument(
-                f"crop must remove at most {min(self.row_seen, default=0)} tokens, the shortest row; got {count}."
-            )
+    def _check_drop(self, count: int) -> None:
         if self.content is not None:
             self.content.check_crop(count, self.row_seen)
         elif self._prompt is not None:
             self._prompt.check_crop()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([b for b in range(len(self.row_seen)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self._select(rows.tolist())
+    def _drop(self, count: int) -> None:
+        if self.content is not None:
+            self.content.crop(count, self.row_seen)
+        elif self._prompt is not None:
+            self._prompt.crop(count)
 
     @torch.inference_mode(False)
     def _select(self, rows: list[int]) -> None:
@@ -196,8 +98,8 @@ class LayerCache(CacheLayerMixin):
             meter=meter,
             rope_of=self.rope_of,
         )
-        layer.seen, layer.row_seen, layer.is_initialized = self.seen, list(self.row_seen), self.is_initialized
-        layer.token_bytes = self.token_bytes
+        layer.seen, layer.row_seen = self.seen, list(self.row_seen)
+        layer.token_bytes, layer.is_initialized = self.token_bytes, self.is_initialized
         if self.content is not None:
             layer.content = _select_rows(self.content, list(range(len(self.row_seen))), reading.shared)
         layer.measure()
@@ -234,18 +136,7 @@ class LayerCache(CacheLayerMixin):
         """Which of `count` new tokens of each row are image tokens, `[B, count]`."""
         if Need.IMAGE_MASK not in self.policy.needs or self.content is not None or self.reading.replay is not None:
             return None
-        mask = self.reading.image_mask
-        if mask is None:
-            raise CacheError(
-                "this recipe looks at which tokens of the prompt are image tokens, which the attention does not show: pass "
-                "KVCache(model.config, recipe, input_ids=inputs['input_ids'])."
-            )
-        if mask.shape[1] < self.seen + count or num_rows % len(mask):
-            raise CacheError(
-                f"the prompt must be the `input_ids` that the cache was given, {list(mask.shape)}; "
-                f"it has {num_rows} rows and at least {self.seen + count} tokens."
-            )
-        return mask[:, self.seen : self.seen + count].repeat_interleave(num_rows // len(mask), dim=0)
+        return self.reading.image_tokens(self.seen, num_rows, count)
 
     @torch.inference_mode(False)  # buffers of inference mode could not be written outside of it
     @torch.no_grad()
@@ -278,7 +169,7 @@ class LayerCache(CacheLayerMixin):
             positions=positions,
         )  # fmt: skip
         if Need.TOKEN_TEXT in self.policy.needs and self.reading.replay is None:
-            self._check_text(new, count)
+            self.reading.check_text(self._seen_after(new, count))
         if self.reading.replay is not None:
             out = self._replay(self.reading.replay, new)
         elif self.content is None:
@@ -289,16 +180,6 @@ class LayerCache(CacheLayerMixin):
         if self.reading.on_layer is not None:
             self.reading.on_layer(self.layer_idx + 1, self.num_layers)
         return out
-
-    def _check_text(self, new: NewTokens, count: int) -> None:
-        """count: tokens of the pass, those that went round the layer included."""
-        text = self.reading.shared.text
-        if text is None or [len(row) for row in text.rows] != self._seen_after(new, count):
-            raise CacheError(
-                "this recipe must know where sentences end, and generate() alone does not tell a cache its tokens: read with "
-                "steno.load(...).read(text, recipe=...), or give KVCache `sentence_ends` and call "
-                "cache.announce(token_ids) before every forward pass."
-            )
 
     def _seen_after(self, new: NewTokens, count: int) -> list[int]:
         """Real tokens of each row after a pass of `count` tokens, those that went round the layer included."""
@@ -335,24 +216,10 @@ class LayerCache(CacheLayerMixin):
             return self._given
         return self._prompt.rows[0] if isinstance(self._prompt, Prompt) and len(self._prompt.rows) == 1 else None
 
-    def _prompt_is_complete(self) -> bool:
-        return self.reading.prompt_tokens is None or self.seen >= self.reading.prompt_tokens
-
     def _read(self, new: NewTokens, count: int) -> Tensor:
-        if self.policy.router is not None and not self.reading.is_watched:
-            raise CacheError(
-                "this recipe lets tokens go round layers, which generate() alone cannot do: read the text with "
-                "steno.load(...).read(text, recipe=...), or generate within `with cache.watching(model):`."
-            )
-        if self.policy.router is not None and (len(new.q) != 1 or new.counts is not None):
-            raise CacheError(
-                f"tokens can go round layers for one sequence at a time, without padding; the batch has {len(new.q)} rows."
-            )
-        if self.seen and self._prompt_is_complete():
-            raise CacheError(
-                "this recipe scores tokens by replaying the context, which generate() alone cannot do; "
-                "read the context with steno.load(...).read(text, recipe=...)."
-            )
+        if self.policy.router is not None:
+            self.reading.check_routes(new)
+        self.reading.check_goes_on(self.seen)
         if self._prompt is None:
             self._prompt = self._begin(new)
         prompt = self._prompt
@@ -364,7 +231,7 @@ class LayerCache(CacheLayerMixin):
         if isinstance(prompt, Prompt):
             self._go_on(prompt, count)
         self.meter.touch(prompt.dense_bytes)
-        if self._prompt_is_complete() and Need.REPLAY not in self.policy.needs:
+        if self.reading.is_complete(self.seen) and Need.REPLAY not in self.policy.needs:
             self.compress(None)
         else:
             self._prompt.keep()
@@ -392,8 +259,7 @@ class LayerCache(CacheLayerMixin):
         """Which tokens of a row take part in the attention; queries: `[H, T, D]`, of the pass."""
         assert self.policy.attender is not None
         kv, observation = self._observed(prompt, b)
-        whole = self.reading.prompt_tokens is None or self.seen + queries.shape[1] >= self.reading.prompt_tokens
-        if not whole or queries.shape[1] != kv.num_tokens:
+        if not self.reading.is_complete(self.seen + queries.shape[1]) or queries.shape[1] != kv.num_tokens:
             raise CacheError(
                 "tokens that take part in attention are chosen once, from the whole prompt: read it in one pass, without "
                 "`prefill_chunk_size`."
@@ -406,14 +272,8 @@ class LayerCache(CacheLayerMixin):
         if router is None or self.reading.onward is not None:
             return
         onward = router.after(*self._observed(prompt))
-        if onward is None:
-            return
-        if not self._prompt_is_complete() or self.seen != count:
-            raise CacheError(
-                f"tokens are chosen for the later layers once, from the whole prompt; {self.seen} tokens came in parts: read "
-                "it in one pass, without `prefill_chunk_size`."
-            )
-        self.reading.onward = onward
+        if onward is not None:
+            self.reading.note_onward(onward, self.seen, count)
 
     def _replay(self, observer: ReplayObserver, new: NewTokens) -> Tensor:
         if not isinstance(self._prompt, Prompt):
@@ -452,7 +312,7 @@ class LayerCache(CacheLayerMixin):
         elif self.policy.sharer is not None and len(self.group) > 1:
             self._share()
         elif len(self.group) > 1:
-            found = allocate_across([layer._read_prompt() for layer in self.group], self.policy, self.num_layers)
+            found = allocate_across(self._read_group(), self.policy, self.num_layers)
             for layer, allocations in zip(self.group, found, strict=True):
                 layer._compress(allocations)
         else:
@@ -466,40 +326,32 @@ class LayerCache(CacheLayerMixin):
         if isinstance(prompt, EvictingPrompt):
             self.content = prompt.compress(self.reading.shared)
         else:
+            read = self._read_prompt(prompt, replay_mass)
             self.content = compress_rows(
-                [prompt.layer_kv(b) for b in range(len(prompt.rows))],
-                self.row_seen,
-                prompt.observers,
-                self.policy,
-                layer_idx=self.layer_idx,
-                num_layers=self.num_layers,
-                replay_mass=replay_mass,
-                shared=self.reading.shared,
-                rope=prompt.rope,
-                allocations=allocations,
+                read, self.row_seen, self.policy, self.num_layers, self.reading.shared, allocations
             )
         if self.layer_idx == self.num_layers - 1:  # the prompt is over; what was told of it is held no longer
             self.reading.image_mask = self.reading.onward = None
         self.meter.set_layer(self.layer_idx, held_bytes(self.content))
         self.meter.touch(prompt.dense_bytes)
 
-    def _read_prompt(self) -> LayerPrompt:
-        """What was read of this layer, for those that compress a group together."""
-        prompt = self._prompt
+    def _read_prompt(self, prompt: Prompt | EvictingPrompt | None, replay_mass: Tensor | None) -> LayerPrompt:
         assert isinstance(prompt, Prompt), "the layers of a group are read together, and whole"
         return LayerPrompt(
-            prompts=prompt.rows,
+            rows=[prompt.layer_kv(b) for b in range(len(prompt.rows))],
             observers=prompt.observers,
             layer_idx=self.layer_idx,
-            replay_mass=self._replay_mass,
+            replay_mass=replay_mass,
             rope=prompt.rope,
         )
+
+    def _read_group(self) -> list[LayerPrompt]:
+        return [layer._read_prompt(layer._prompt, layer._replay_mass) for layer in self.group]
 
     def _share(self) -> None:
         """Compresses the prompts of all layers of the group into segments with tensors in common."""
         dense_bytes = sum(layer._prompt.dense_bytes for layer in self.group if layer._prompt is not None)
-        parts = [layer._read_prompt() for layer in self.group]
-        contents = share_rows(parts, self.policy, self.num_layers, self.reading.shared)
+        contents = share_rows(self._read_group(), self.policy, self.num_layers, self.reading.shared)
         for layer, content in zip(self.group, contents, strict=True):
             layer.content, layer._prompt, layer._replay_mass = content, None, None
         self.measure()

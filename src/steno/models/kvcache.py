@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from steno.cache.accounting import Meter, held_bytes, offloaded_bytes
-from steno.cache.layer import LayerCache, Reading
+from steno.cache.layer import LayerCache
 from steno.cache.prompt import ReplayObserver
+from steno.cache.reading import Reading
 from steno.cache.text import TokenText
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
