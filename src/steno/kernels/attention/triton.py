@@ -304,25 +304,10 @@ def attend(
     with torch.cuda.device_of(q):
         if num_items:
             _attend_kernel[num_items, num_blocks](
-                queries,
-                plan.entries,
-                plan.items,
-                part_out,
-                part_best,
-                part_total,
-                num_rows,
-                q.shape[2],
-                scale,
-                softcap or 0.0,
-                D=head_dim,
-                D_PAD=padded(head_dim),
-                BLOCK_M=block,
-                PAGES=plan.pages_per_item,
-                KINDS=tuple(astuple(kind) for kind in plan.kinds),
-                CAUSAL=causal,
-                HAS_SOFTCAP=bool(softcap),
-                **launch,
-            )
+                queries, plan.entries, plan.items, part_out, part_best, part_total, num_rows, q.shape[2], scale, softcap or 0.0,
+                D=head_dim, D_PAD=padded(head_dim), BLOCK_M=block, PAGES=plan.pages_per_item,
+                KINDS=tuple(astuple(kind) for kind in plan.kinds), CAUSAL=causal, HAS_SOFTCAP=bool(softcap), **launch,
+            )  # fmt: skip
         _merge_kernel[(num_heads * num_rows,)](
             part_out, part_best, part_total, plan.item_offsets, out, lse, num_rows, D=head_dim, D_PAD=padded(head_dim)
         )
