@@ -1,4 +1,4 @@
-"""Rows: what is held answers as masked dense attention would, and growing, sharing and rolling back change nothing else."""
+"""Rows: what is held answers as masked dense attention would, and growing and sharing change nothing else."""
 
 from __future__ import annotations
 
@@ -8,115 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from rows import (
+    EVICTING,
+    HEADS,
+    ONE_SHOT,
+    Layer,
+    close,
+    continued,
+    empty,
+    forward,
+    read,
+    same,
+    states,
+    tokens,
+)
 
 import steno
-from steno.cache.layer import LayerCache
 from steno.cache.paged import PagedRows
 from steno.cache.slots import SlotRows
-from steno.errors import BadArgument, CacheError, IntegrityError
-from tiny import shared
-
-LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 12
-SCALE = DIM**-0.5
-ONE_SHOT = [
-    "full", "int8", "kivi(bits=4)", "snapkv(window=8) @ 40", "snapkv(window=8) | adakv @ 40", "keydiff | pyramidkv @ 30%",
-    "keydiff | adakv | int4 @ 80", "expected_attention | adakv | kivi(bits=4) @ 60%",
-    "keydiff | quest(tokens=64, dense_layers=0) @ 90%", "keydiff | adakv | hadamard | int8 @ 90",
-]  # fmt: skip
-EVICTING = [
-    f"{score}{allocate} @ 24"
-    for score in ("streaming_llm", "tova", "h2o")
-    for allocate in ("", " | adakv", " | pyramidkv")
-]
-
-
-def tokens(count: int, rows: int = 1, seed: int = 0) -> Tensor:
-    """Random queries, keys and values of so many tokens, side by side: `[L, B, T, H + 2 Hkv, D]`."""
-    seeded = torch.Generator().manual_seed(seed)
-    return torch.randn(LAYERS, rows, count, HEADS * (GROUP + 2), DIM, generator=seeded)
-
-
-def forward(cache: steno.KVCache, new: Tensor, counts: list[int] | None = None) -> Tensor:
-    """What every layer answers, `[L, B, H, T, D]`."""
-    outs = []
-    for layer, part in zip(cache.own_layers, new, strict=True):
-        q, k, v = part.transpose(1, 2).split([HEADS * GROUP, HEADS, HEADS], dim=1)
-        layer.update(k, v)
-        outs.append(layer.attend(q, counts, scale=SCALE))
-    cache.check_integrity()
-    return torch.stack(outs)
-
-
-def empty(recipe: str, **options: Any) -> steno.KVCache:
-    return steno.KVCache(shared("llama").config, recipe, **options)
-
-
-def read(recipe: str, new: Tensor, **options: Any) -> steno.KVCache:
-    cache = empty(recipe, **options)
-    forward(cache, new)
-    return cache
-
-
-def continued(cache: steno.KVCache, new: Tensor, steps: int = 1) -> Tensor:
-    """The answers to tokens fed in equal steps."""
-    return torch.cat([forward(cache, part) for part in new.chunk(steps, dim=2)], dim=3)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 2e-4) -> bool:
-    return bool(torch.allclose(a, b, atol=tolerance, rtol=tolerance))
-
-
-def states(cache: steno.KVCache) -> list[Tensor]:
-    """Everything a cache holds, dense, with its positions."""
-    found = []
-    for layer in cache.own_layers:
-        for b, seen in enumerate(layer.row_seen):
-            heads = layer.content.decode_row(b, torch.float32)
-            positions = layer.content.positions(b, seen)
-            found += [x.clone() for (k, v), p in zip(heads, positions, strict=True) for x in (k, v, p)]
-    return found
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-# one layer, against a loop
-
-
-class Layer:
-    """One layer under a recipe, and the dense history of all that it ever saw."""
-
-    def __init__(self, recipe: str, layer_idx: int = 1) -> None:
-        self.cache: LayerCache = empty(recipe).own_layers[layer_idx]
-        self.keys, self.values = torch.zeros(HEADS, 0, DIM), torch.zeros(HEADS, 0, DIM)
-        self.seed = 0
-
-    def feed(self, count: int) -> tuple[Tensor, Tensor]:
-        """Queries `[H, T, D]` and the layer's answer to them."""
-        self.seed += 1
-        q, k, v = tokens(count, seed=self.seed)[0].transpose(1, 2).split([HEADS * GROUP, HEADS, HEADS], dim=1)
-        self.keys, self.values = torch.cat([self.keys, k[0]], 1), torch.cat([self.values, v[0]], 1)
-        self.cache.update(k, v)
-        out = self.cache.attend(q, None, scale=SCALE)
-        self.cache.check_integrity()
-        return q[0], out[0]
-
-    def kept(self) -> list[set[int]]:
-        return [set(p.tolist()) for p in self.cache.content.positions(0, self.cache.seen)]
-
-    def attend(self, q: Tensor, kept: list[set[int]]) -> tuple[Tensor, list[Tensor]]:
-        """The oracle: query t sees the kept tokens up to its own position. Also the weights `[H, T, S]`."""
-        heads, count, seen = q.shape[0], q.shape[1], self.keys.shape[1]
-        out, weights = torch.zeros_like(q), torch.zeros(heads, count, seen)
-        for h in range(heads):
-            for t in range(count):
-                visible = sorted(p for p in kept[h // GROUP] if p <= seen - count + t)
-                w = torch.softmax(self.keys[h // GROUP, visible] @ q[h, t] * SCALE, 0)
-                out[h, t] = w @ self.values[h // GROUP, visible]
-                weights[h, t, visible] = w
-        return out, list(weights)
+from steno.errors import CacheError, IntegrityError
 
 
 @pytest.mark.parametrize("steps", [[1, 1, 1], [5, 1, 20], [80, 3], [1] * 20, [9] * 8])
@@ -294,171 +204,6 @@ def test_modes_of_autograd_can_be_mixed() -> None:
                 cache.reorder_cache(torch.tensor([0]))
                 cache = cache.fork()
             assert close(out.clone(), forward(expected, new))
-
-
-# rolling back
-
-
-@pytest.mark.parametrize(
-    ("appended", "removed"), [(10, 4), (10, 10), (70, 3), (100, 80), (140, 130), (140, 140), (5, 0)]
-)
-@pytest.mark.parametrize("recipe", ["full", "keydiff @ 20", "quest(tokens=64, dense_layers=0)"])
-def test_crop_undoes_what_was_appended(recipe: str, appended: int, removed: int) -> None:
-    new, after = tokens(appended, seed=4), tokens(70, seed=5)
-    cache, never = read(recipe, tokens(100)), read(recipe, tokens(100))
-    continued(cache, new, -(-appended // 3))
-    cache.crop(-removed)
-    if appended > removed:
-        continued(never, new[:, :, : appended - removed], appended - removed)
-    assert cache.seen_tokens == never.seen_tokens == 100 + appended - removed
-    assert same(states(cache), states(never))
-    if not recipe.startswith("quest"):  # where pages begin may differ
-        assert close(continued(cache, after, 10), continued(never, after, 10))
-
-
-@pytest.mark.parametrize("removed", [1, 40, 64, 100, 190, 220])
-@pytest.mark.parametrize("recipe", ["int8", "kivi(bits=8)"])
-def test_crop_into_pages(recipe: str, removed: int) -> None:
-    cache, dense = read(recipe, tokens(100)), read("full", tokens(100))
-    for c in (cache, dense):
-        continued(c, tokens(130, seed=4), 26)
-        c.crop(-removed)
-    assert cache.held_tokens() == [[[230 - removed] * HEADS]] * 3
-    after = tokens(150, seed=5)
-    ours, expected = continued(cache, after, 50), continued(dense, after)
-    assert cache.held_tokens() == [[[380 - removed] * HEADS]] * 3
-    assert (ours - expected).std() < 0.05 * expected.std()
-
-
-def test_crop_to_nothing_and_beyond() -> None:
-    cache = read("int4", tokens(70))
-    with pytest.raises(BadArgument, match="at most 70"):
-        cache.crop(-71)
-    cache.crop(-70)
-    assert cache.held_tokens() == [[[0] * HEADS]] * 3
-    assert close(forward(cache, tokens(50)), forward(empty("full"), tokens(50)))
-    with pytest.raises(BadArgument, match="<= 0"):
-        cache.crop(1)
-
-
-@pytest.mark.parametrize("recipe", ["keydiff @ 20", "snapkv(window=8) | adakv | int8 @ 70", *EVICTING])
-def test_crop_into_a_compressed_prompt_is_refused_and_changes_nothing(recipe: str) -> None:
-    cache = read(recipe, tokens(100))
-    before = states(cache)
-    with pytest.raises(CacheError, match=r"Read the prompt again|roll back"):
-        cache.crop(-1)
-    assert same(states(cache), before)
-    assert cache.seen_tokens == 100
-    forward(cache, tokens(1))
-
-
-def test_crop_after_eviction_is_refused_before_it_works() -> None:
-    cache = read("streaming_llm @ 40", tokens(30))
-    continued(cache, tokens(8, seed=1), 8)
-    cache.crop(-8)
-    never = read("streaming_llm @ 40", tokens(30))
-    after = tokens(9, seed=2)
-    assert close(continued(cache, after, 9), continued(never, after, 9))
-    continued(cache, after, 9)
-    with pytest.raises(CacheError, match="dropped others"):
-        cache.crop(-7)
-    for recipe in ("tova @ 40", "h2o @ 40"):
-        with pytest.raises(CacheError, match="counted their attention"):
-            read(recipe, tokens(30)).crop(-1)
-    assert not cache.is_croppable
-    assert read("int4", tokens(3)).is_croppable
-
-
-@pytest.mark.parametrize("recipe", ["full", "keydiff | int4 @ 70", "tova @ 24", "h2o | adakv @ 24"])
-def test_reset_and_reuse(recipe: str) -> None:
-    cache = read(recipe, tokens(140))
-    continued(cache, tokens(20, seed=1), 20)
-    cache.reset()
-    assert cache.seen_tokens == 0
-    assert cache.kv_bytes == 0
-    forward(cache, tokens(100, seed=2))
-    assert same(states(cache), states(read(recipe, tokens(100, seed=2))))
-
-
-# budgets
-
-
-@pytest.mark.parametrize("length", [10, 24, 25, 60])
-@pytest.mark.parametrize("recipe", EVICTING)
-def test_budget_holds_after_every_step(recipe: str, length: int) -> None:
-    cache = read(recipe, tokens(length))
-    after_prompt = cache.held_tokens()
-    excess = 2 * 3 if "pyramidkv" in recipe else 0  # (L - 1) / 2 tokens per layer and head, see PyramidKV
-    for i, count in enumerate([1] * 16 + [7, 1, 100, 1]):
-        forward(cache, tokens(count, seed=i))
-        held = cache.held_tokens()
-        assert sum(n for layer in held for n in layer[0]) <= 24 * HEADS * 3 + excess
-        if "pyramidkv" not in recipe:
-            assert all(sum(layer[0]) == HEADS * min(24, cache.seen_tokens) for layer in held)
-        if length > 24:
-            assert held == after_prompt
-
-
-@pytest.mark.parametrize("length", [3, 12, 60])
-def test_streaming_keeps_sinks_and_latest(length: int) -> None:
-    cache = read("streaming_llm(n_sink=3) @ 12", tokens(length))
-    for i in range(40):
-        seen = length + i
-        expected = set(range(3)) | set(range(max(0, seen - 9), seen)) if seen > 12 else set(range(seen))
-        for layer in cache.own_layers:
-            assert [set(p.tolist()) for p in layer.content.positions(0, seen)] == [expected] * HEADS
-        forward(cache, tokens(1, seed=i))
-
-
-@pytest.mark.parametrize("recipe", ["h2o @ 12", "h2o(heavy_share=0.75) | adakv @ 12", "tova @ 12"])
-@pytest.mark.parametrize("length", [8, 40])
-def test_evictors_follow_the_oracle(recipe: str, length: int) -> None:
-    layer = Layer(recipe)
-    q, _ = layer.feed(length)
-    kept = [set(range(length))] * HEADS
-    weights = torch.stack(layer.attend(q, kept)[1])  # [H, T, S]
-    score = h2o_start(weights) if "h2o" in recipe else tova_step(weights[:, -1])
-    kept = layer.kept()
-    if length > 12 and "adakv" not in recipe:
-        assert kept == [drop(recipe, score[h], set(range(length)), 12) for h in range(HEADS)]
-    budgets = [max(len(head), 12) if length <= 12 else len(head) for head in kept]
-    for _ in range(16):
-        new = layer.keys.shape[1]
-        q, out = layer.feed(1)
-        kept = [head | {new} for head in kept]
-        expected, weights_now = layer.attend(q, kept)
-        assert close(out, expected, 1e-5)
-        score = torch.cat([score, torch.zeros(HEADS, 1)], dim=1)
-        step = torch.stack(weights_now)[:, 0]
-        score = score + h2o_start(step[:, None]) if "h2o" in recipe else tova_step(step)
-        kept = [drop(recipe, score[h], head, n) for h, (head, n) in enumerate(zip(kept, budgets, strict=True))]
-        assert layer.kept() == kept
-
-
-def h2o_start(weights: Tensor) -> Tensor:
-    return weights.sum(1).reshape(HEADS, GROUP, -1).sum(1)  # [Hkv, S]
-
-
-def tova_step(weights: Tensor) -> Tensor:
-    return weights.mean(0).repeat(HEADS, 1)  # [Hkv, S]
-
-
-def drop(recipe: str, score: Tensor, kept: set[int], budget: int) -> set[int]:
-    """Down to the budget, one by one: H2O shields the newest, TOVA nothing."""
-    share = 0.75 if "0.75" in recipe else 0.5
-    recent = budget - int(share * budget) if "h2o" in recipe else 0
-    shielded = set(sorted(kept)[len(kept) - recent :]) if recent else set()
-    while len(kept) > budget:
-        kept = kept - {min(kept - shielded, key=lambda p: (float(score[p]), -p))}
-    return kept
-
-
-@pytest.mark.parametrize("score", ["streaming_llm", "snapkv(window=4)", "tova", "h2o", "keydiff", "expected_attention"])
-@pytest.mark.parametrize("budget", ["100%", "5000"])
-def test_a_budget_of_everything_keeps_everything(score: str, budget: str) -> None:
-    cache, full = read(f"{score} @ {budget}", tokens(90)), read("full", tokens(90))
-    assert close(continued(cache, tokens(80, seed=1), 20), continued(full, tokens(80, seed=1), 20))
-    assert cache.held_tokens() == full.held_tokens()
 
 
 @pytest.mark.parametrize("recipe", ONE_SHOT + EVICTING)

@@ -1,127 +1,29 @@
-"""What every method of a kind must hold. A class that is listed in a table is checked by these."""
+"""What every method must hold that chooses: tokens, layers, budgets. A class that is listed in a table is checked by these."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
+from random_layers import layer_for, make_layer, tensors
 from torch import Tensor
 
-from steno import methods, pipeline
-from steno.cache.accounting import held_bytes, tensors_of
-from steno.cache.segment import DenseSegment, Segment
-from steno.calibration import save_calibration
-from steno.kernels.attention import attend_heads
-from steno.kernels.quant import decode_pages, encode_pages, page_bytes
+from steno import methods
 from steno.methods import (
-    Access,
     Allocator,
     Attender,
-    Encoder,
     Evictor,
     Merger,
     Method,
     Propagator,
-    Quantizer,
     Reader,
     Router,
     Scorer,
-    Sharer,
-    Transform,
 )
-from steno.methods.quantize.commvq import CENTRES, num_stages
-from steno.recipe import Recipe, parse_recipe
-from steno.types import PAGE_TOKENS, KeptTokens, LayerKV, Need, Observation, Rope
+from steno.types import Need
 
-FOLDER = tempfile.TemporaryDirectory()
 NAMESPACE = {cls.__name__: cls for cls in methods.METHODS.values()}
-
-WIDTH, INNER, LAYERS = 5, 6, 4
-LEARNED: dict[str, Callable[[int, int, int, int], dict[str, tuple[int, ...]]]] = {
-    "locret": lambda layers, hkv, group, dim: {
-        "w1": (layers, INNER, (group + 2) * hkv * dim), "w2": (layers, hkv, INNER),
-    },
-    "trim_kv": lambda layers, hkv, group, dim: {
-        "w1": (layers, INNER, WIDTH), "b1": (layers, INNER), "w2": (layers, hkv, INNER), "bias": (layers, hkv),
-    },
-    "prefixkv": lambda layers, hkv, group, dim: {"curves": (layers, 101)},
-    "commvq": lambda layers, hkv, group, dim: {
-        "key_centres": (layers, hkv, num_stages(dim, 2), CENTRES, dim),
-        "value_rows_2": (layers, hkv, 2 * dim + 1, dim), "value_rows_1": (layers, hkv, dim + 1, dim),
-    },
-    "razorattention": lambda layers, hkv, group, dim: {"induction": (layers, hkv), "echo": (layers, hkv)},
-}  # fmt: skip
-"""Shapes of what a method learns of a layer of `make_layer`."""
-
-
-@cache
-def learned_file(method_id: str, layers: int, hkv: int, group: int, dim: int) -> str:
-    """A file with random weights for a method, in a folder that goes with the process."""
-    g = torch.Generator().manual_seed(0)
-    shapes = LEARNED[method_id](layers, hkv, group, dim)
-    place = Path(FOLDER.name) / f"{method_id}-{layers}-{hkv}-{group}-{dim}.safetensors"
-    save_calibration(place, {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}, {})
-    return str(place)
-
-
-def with_weights(method: Any, *, layers: int = LAYERS, hkv: int = 2, group: int = 3, dim: int = 8) -> Any:
-    """The method with what it learned of layers of this shape, if it learns."""
-    if method.id not in LEARNED:
-        return method
-    return dataclasses.replace(method, weights=learned_file(method.id, layers, hkv, group, dim))
-
-
-def with_files(recipe: str, *, layers: int, hkv: int, group: int = 2, dim: int) -> Recipe:
-    """The recipe, with random weights of a model of this shape for the stages that learn."""
-    return pipeline.with_weights(
-        parse_recipe(recipe), lambda method_id, command: learned_file(method_id, layers, hkv, group, dim)
-    )
-
-
-def make_layer(
-    num_tokens: int, *, hkv: int = 2, group: int = 3, dim: int = 8, window: int = 4, budget: int = 6,
-    dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> tuple[LayerKV, Observation]:  # fmt: skip
-    """A random layer and everything that a host could have seen of it."""
-    g = torch.Generator().manual_seed(seed)
-    heads = hkv * group
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    root = draw(heads, dim, dim) / 4
-    kv = LayerKV(
-        keys=draw(hkv, num_tokens, dim).to(dtype),
-        values=draw(hkv, num_tokens, dim).to(dtype),
-        positions=torch.arange(num_tokens),
-    )
-    obs = Observation(
-        layer_idx=1,
-        num_layers=4,
-        scaling=dim**-0.5,
-        budget_tokens=budget,
-        rope=Rope(inv_freq=10000.0 ** (-torch.arange(0, dim, 2) / dim)),
-        queries=draw(heads, min(window, num_tokens), dim).to(dtype),
-        query_mean=draw(heads, dim),
-        query_cov=root @ root.mT,
-        attention_mass=draw(heads, num_tokens).abs(),
-        pre_rope_queries=draw(heads, num_tokens, dim).to(dtype),
-        pre_rope_keys=draw(hkv, num_tokens, dim).to(dtype),
-        hidden_states=draw(num_tokens, WIDTH).to(dtype),
-        replay_mass=draw(hkv, num_tokens).abs(),
-        image_mask=draw(num_tokens) > 0,
-    )
-    return kv, obs
-
-
-def layer_for(scorer: Scorer, num_tokens: int, **kwargs: object) -> tuple[LayerKV, Observation]:
-    """`make_layer` with the query window that the scorer asks for."""
-    return make_layer(num_tokens, window=max(scorer.query_window, 1), **kwargs)  # type: ignore[arg-type]
 
 
 def check_method(cls: type[Method]) -> None:
@@ -253,115 +155,6 @@ def check_merger(merger: Merger, num_tokens: int, *, seed: int = 0, **kwargs: ob
     assert whole.counts is None or (whole.counts == 1).all()
 
 
-def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool, **kwargs: object) -> None:
-    """Shape, finite, input unchanged, the same twice, bytes within the bound; a segment in the basis attends as it decodes.
-
-    is_lossless: a basis of full rank, which must give back what it was given.
-    """
-    kv, obs = make_layer(num_tokens, window=64, **kwargs)  # type: ignore[arg-type]
-    heads, dim = kv.num_kv_heads, kv.head_dim
-    tokens = KeptTokens(
-        keys=list(kv.keys),
-        values=list(kv.values),
-        positions=[kv.positions] * heads,
-        layer_idx=1,
-        num_layers=4,
-        rope=obs.rope if Need.ROPE in transform.needs else None,
-        observation=obs,
-    )
-    before = [t.clone() for t in (*tensors(kv), *tensors(obs))]
-    basis, again = transform.fit(tokens), transform.fit(tokens)
-    changed = basis.change(tokens)
-    inner = DenseSegment.of(list(zip(changed.keys, changed.values, strict=True)))
-    segment = basis.wrap(inner, tokens)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs)), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(changed.keys, again.change(tokens).keys, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(changed.values, again.change(tokens).values, strict=True))
-    assert held_bytes(basis) <= transform.basis_bytes(heads, dim, 1)
-    assert segment.lengths == tokens.lengths
-    decoded = segment.decode(torch.float32)
-    for (k, v), plain_k, plain_v in zip(decoded, kv.keys, kv.values, strict=True):
-        assert k.shape == v.shape == (num_tokens, dim)
-        assert torch.isfinite(k).all()
-        assert torch.isfinite(v).all()
-        if is_lossless:
-            assert torch.allclose(k, plain_k, atol=1e-4)
-            assert torch.allclose(v, plain_v, atol=1e-4)
-    group = int(kwargs.get("group", 3))  # type: ignore[call-overload]
-    q = torch.randn(heads * group, 2, dim, generator=torch.Generator().manual_seed(1))
-    for softcap in (None, 5.0):
-        out, lse = segment.attend(q, dim**-0.5, softcap)
-        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=softcap)
-        assert torch.allclose(out, expected, atol=1e-4)
-        assert torch.allclose(lse, expected_lse, atol=1e-4)
-    [part] = segment.prefix([num_tokens // 2 + 1] * heads, torch.float32)
-    for (k, v), (whole_k, whole_v) in zip(part.decode(torch.float32), decoded, strict=True):
-        assert torch.allclose(k, whole_k[: len(k)], atol=1e-6)
-        assert torch.allclose(v, whole_v[: len(v)], atol=1e-6)
-
-
-class DenseStore:
-    """Stores tokens as they are."""
-
-    chunk_tokens = 1
-
-    def store(self, tokens: KeptTokens) -> Segment:
-        return DenseSegment.of(list(zip(tokens.keys, tokens.values, strict=True)))
-
-
-def check_sharer(sharer: Sharer, num_tokens: int, num_layers: int, *, is_lossless: bool, **kwargs: object) -> None:
-    """Groups are a partition into neighbours; shapes, finite, input unchanged, the same twice; attends as it decodes.
-
-    is_lossless: arguments under which nothing is lost.
-    """
-    groups = {tuple(sharer.group(i, 9)) for i in range(9)}
-    assert sorted(i for group in groups for i in group) == list(range(9))
-    assert all(i in sharer.group(i, 9) for i in range(9))
-    layers = []
-    for i in range(num_layers):
-        kv, obs = make_layer(num_tokens, seed=i, **kwargs)  # type: ignore[arg-type]
-        tokens = KeptTokens(
-            keys=list(kv.keys),
-            values=list(kv.values),
-            positions=[kv.positions + 3] * kv.num_kv_heads,
-            layer_idx=i,
-            num_layers=num_layers,
-            rope=obs.rope if Need.ROPE in sharer.needs else None,
-            observation=obs,
-        )
-        layers.append(tokens)
-
-    store = DenseStore()
-    inputs = [x for tokens in layers for x in (*tokens.keys, *tokens.values, *tokens.positions)]
-    before = [x.clone() for x in inputs]
-    segments, again = sharer.share(layers, store), sharer.share(layers, store)
-    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
-    assert len(segments) == num_layers
-    group = int(kwargs.get("group", 3))  # type: ignore[call-overload]
-    mine = {x.untyped_storage().data_ptr() for x in inputs}
-    assert not mine & {x.untyped_storage().data_ptr() for x in tensors_of(segments) if x.numel()}
-    assert held_bytes(segments) <= sum(held_bytes(segment) for segment in segments)
-    for tokens, segment, other in zip(layers, segments, again, strict=True):
-        heads, dim = len(tokens.keys), tokens.keys[0].shape[1]
-        assert segment.lengths == tokens.lengths
-        decoded = segment.decode(torch.float32)
-        pairs = zip(decoded, other.decode(torch.float32), tokens.keys, tokens.values, strict=True)
-        for (k, v), (k2, v2), plain_k, plain_v in pairs:
-            assert k.shape == v.shape == (num_tokens, dim)
-            assert torch.isfinite(k).all()
-            assert torch.isfinite(v).all()
-            assert torch.equal(k, k2)
-            assert torch.equal(v, v2)
-            if is_lossless:
-                assert torch.allclose(k, plain_k, atol=1e-4)
-                assert torch.allclose(v, plain_v, atol=1e-4)
-        q = torch.randn(heads * group, 2, dim, generator=torch.Generator().manual_seed(1))
-        out, lse = segment.attend(q, dim**-0.5, 5.0)
-        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, softcap=5.0)
-        assert torch.allclose(out, expected, atol=1e-4)
-        assert torch.allclose(lse, expected_lse, atol=1e-4)
-
-
 def check_propagator(
     propagator: Propagator, num_tokens: int, *, is_image: Tensor, group: int, dim: int, seed: int = 0
 ) -> None:
@@ -403,100 +196,3 @@ def check_propagator(
             assert 0 <= int(route.index[0]) <= int(route.index[-1]) < num_tokens
             assert route.gates is None or route.gates.shape == route.index.shape
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs), hidden, is_image), strict=True))
-
-
-def check_quantizer(quantizer: Quantizer, dim: int) -> None:
-    """Pages of the format hold tokens of `dim` numbers, the tail closes at page borders, or at those of an encoder's chunks."""
-    page = quantizer.page_format
-    assert quantizer.residual_tokens > 0
-    if page is None:
-        assert quantizer.residual_tokens % cast(Encoder, quantizer).chunk_tokens == 0
-        return
-    keys = torch.randn(2, 2, PAGE_TOKENS, dim, generator=torch.Generator().manual_seed(0))
-    before = keys.clone()
-    pages, again = (encode_pages(keys, keys.flip(1), page) for _ in range(2))
-    assert torch.equal(keys, before)
-    assert all(torch.equal(a, b) for a, b in zip(pages.tensors, again.tensors, strict=True))
-    assert pages.nbytes == sum(x.nbytes for x in pages.tensors) == 4 * page_bytes(page, dim)
-    decoded = decode_pages(pages)[0].reshape(keys.shape)
-    assert (decoded - keys).square().mean() < 0.5
-    assert quantizer.residual_tokens % PAGE_TOKENS == 0
-
-
-def check_encoder(
-    encoder: Encoder, lengths: Sequence[int], dim: int, *, group: int, prompt: bool, seed: int = 0
-) -> None:
-    """Shape, finite, input unchanged, nothing of it shared, the same twice, within the bound of bytes; attends as it decodes.
-
-    lengths: of each KV head; chunks of the encoder are rounded up to.
-    """
-    g = torch.Generator().manual_seed(seed)
-    chunk = encoder.chunk_tokens
-    lengths = [-(-n // chunk) * chunk for n in lengths]
-    longest, heads = max(lengths), len(lengths)
-    kv, obs = make_layer(2 * longest, hkv=heads, group=group, dim=dim, window=64, seed=seed)
-    positions = [torch.randperm(2 * longest, generator=g)[:n].sort().values for n in lengths]
-    for counted in (False, True):
-        tokens = KeptTokens(
-            keys=[kv.keys[h, p] for h, p in enumerate(positions)],
-            values=[kv.values[h, p] for h, p in enumerate(positions)],
-            positions=positions,
-            log_counts=[torch.rand(n, generator=g) for n in lengths] if counted else None,
-            layer_idx=1,
-            num_layers=4,
-            rope=obs.rope if Need.ROPE in encoder.needs else None,
-            observation=obs if prompt else None,
-        )
-        inputs = [*tokens.keys, *tokens.values, *tokens.positions, *(tokens.log_counts or [])]
-        before = [x.clone() for x in inputs]
-        segment, again = encoder.encode(tokens), encoder.encode(tokens)
-        assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
-        mine = {x.untyped_storage().data_ptr() for x in inputs}
-        assert not mine & {x.untyped_storage().data_ptr() for x in tensors_of(segment) if x.numel()}
-        assert segment.lengths == tuple(lengths)
-        decoded = segment.decode(torch.float32)
-        for (k, v), (k2, v2), n in zip(decoded, again.decode(torch.float32), lengths, strict=True):
-            assert k.shape == v.shape == (n, dim)
-            assert torch.isfinite(k).all()
-            assert torch.isfinite(v).all()
-            assert torch.equal(k, k2)
-            assert torch.equal(v, v2)
-        q = torch.randn(heads * group, 2, dim, generator=g)
-        out, lse = segment.attend(q, dim**-0.5)
-        expected, expected_lse = attend_heads(q, decoded, scale=dim**-0.5, log_counts=tokens.log_counts)
-        assert torch.allclose(out, expected, atol=1e-3, rtol=1e-3)
-        assert torch.allclose(lse, expected_lse, atol=1e-3, rtol=1e-3)
-        bound = encoder.bytes_bound(sum(lengths) // heads, num_kv_heads=heads, head_dim=dim)
-        if bound is not None and sum(lengths) % heads == 0:
-            counts = 4 * sum(lengths) if counted else 0
-            assert held_bytes(segment) <= bound + counts
-        for shorter in ([n // 2 for n in lengths], [0] * heads):
-            parts = segment.prefix(shorter, torch.float32)
-            assert [sum(part.lengths[h] for part in parts) for h in range(heads)] == shorter
-
-
-def check_access(access: Access, dim: int) -> None:
-    """An index of any number of tokens of `dim` numbers has whole items, within the bytes it claims; its input is unchanged."""
-    for num_tokens in (0, 1, 63, 64, 65, 130):
-        keys, sentences = torch.randn(num_tokens, dim), torch.arange(num_tokens) // 5
-        fixed = access.fix([keys], 1, 4) if access.summarizes else None
-        assert fixed is None or fixed.shape[0] == 1
-        before = keys.clone()
-        items = access.summarize(keys, None if fixed is None else fixed[0], sentences)
-        assert torch.equal(keys, before)
-        assert items.vectors.ndim == 2
-        assert len(items.vectors) <= num_tokens
-        assert torch.isfinite(items.vectors).all()
-        assert bool(items.vectors.numel()) == (access.summarizes and num_tokens > 0)
-        if items.lengths is not None:
-            assert items.lengths.dtype == torch.int32
-            assert int(items.lengths.sum()) == num_tokens
-        per_token, once = access.index_bytes(dim, 4)
-        held = [items.vectors, *(x for x in (items.lengths, fixed) if x is not None)]
-        assert sum(x.numel() * x.element_size() for x in held) <= per_token * num_tokens + once
-    assert not access.reads_all or access.reads_layer(1, 4)
-
-
-def tensors(bundle: LayerKV | Observation) -> list[Tensor]:
-    """The tensors of a bundle."""
-    return [v for f in dataclasses.fields(bundle) if isinstance(v := getattr(bundle, f.name), Tensor)]

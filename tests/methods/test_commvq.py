@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import learned_file
+from random_layers import learned_file
 
 from steno.cache.accounting import held_bytes
 from steno.calibration import save_calibration

@@ -11,23 +11,19 @@ from typing import Any, cast
 import pytest
 import torch
 from contracts import (
-    check_access,
     check_allocator,
-    check_encoder,
     check_evictor,
     check_merger,
     check_method,
     check_propagator,
-    check_quantizer,
     check_reader,
     check_scorer,
-    check_sharer,
-    check_transform,
-    with_weights,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_layers import with_weights
 from safetensors.torch import save_file
+from storage_contracts import check_access, check_encoder, check_quantizer, check_sharer, check_transform
 
 from steno import methods
 from steno.errors import BadArgument

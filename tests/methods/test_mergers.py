@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import make_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_layers import make_layer
 from torch import Tensor
 
 from steno.kernels.attention import attend_heads

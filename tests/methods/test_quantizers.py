@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import with_files
+from random_layers import with_files
 
 import steno
 from steno.cache.segment import DenseSegment, Segment

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from contracts import make_layer
+from random_layers import make_layer
 from torch import Tensor
 
 from steno.methods.score.expected_attention import ExpectedAttention

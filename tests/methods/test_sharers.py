@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts import DenseStore, make_layer
+from random_layers import make_layer
+from storage_contracts import DenseStore
 from torch import Tensor
 from transformers import LlamaConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts import with_files
+from random_layers import with_files
 from transformers import LlamaConfig
 
 import steno

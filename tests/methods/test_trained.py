@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import make_layer, with_weights
+from random_layers import make_layer, with_weights
 
 from steno.calibration import save_calibration
 from steno.errors import CalibrationError

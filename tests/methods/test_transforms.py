@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import make_layer
+from random_layers import make_layer
 from torch import Tensor
 from transformers import LlamaConfig
 
