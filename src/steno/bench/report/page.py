@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -82,7 +83,8 @@ def _text(words: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(words))
 
 
+@lru_cache(maxsize=1)
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that defines `vegaEmbed`."""
+    """Vega, Vega-Lite and Vega-Embed as one script that defines `vegaEmbed`; bundling it takes seconds."""
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)).replace("</script", "<\\/script")
