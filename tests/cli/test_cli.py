@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -171,11 +170,3 @@ def test_interrupt_ends_cleanly(arguments: list[str], capsys, monkeypatch: pytes
     monkeypatch.setattr(session, "load", interrupt)
     assert run(arguments) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted; nothing was changed.")
-
-
-def test_the_installed_command_answers() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "steno.cli.main", "ask", "q", "--recipe", "nonsense"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr

@@ -128,7 +128,7 @@ def test_native_kernel_is_as_exact_as_the_oracle(case):
 
 @needs_triton
 @given(case=cases(most_heads=2, most_queries=4, head_dims=[1, 20, 64, 96], books=()))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_triton_kernel_is_as_exact_as_the_oracle(case):
     check_against_the_oracle(case, {"triton": partial(run, "triton")})
 

@@ -55,7 +55,7 @@ def test_any_shape_decodes(recipe: str, num_tokens: int, dim: int, group: int) -
     if num_tokens == 200 and not (cache.recipe.transform or cache.recipe.share):  # a basis pays off in longer prompts
         assert held < cache.kv_bytes_full
     twin = cache.fork()
-    for i, count in enumerate([1, 3, *[1] * 66, 70, 1]):
+    for i, count in enumerate([1, 3, 50, *[1] * 16, 70, 1]):
         feed(cache, count, dim, group, i)
     assert twin.kv_bytes == held
     cache.batch_repeat_interleave(2)
