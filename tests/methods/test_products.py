@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
-from contracts import with_files
+from random_layers import with_files
 from torch import Tensor
 from transformers import LlamaConfig
 
