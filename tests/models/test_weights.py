@@ -69,7 +69,8 @@ def test_every_token_is_near(kind: type[nn.Module], groups: int, blocks: int, ro
     x = torch.randn(2, rows, num_in)
     x[0, 0] *= 1000  # a token with large activations must not make the others coarse
     before, product = x.clone(), layer(x)
-    assert relative_error(kind(layer)(x), product) < ERRORS[kind]
+    allowed = ERRORS[kind] * (1 if num_out >= 64 else 2)  # a norm over few outputs varies more
+    assert relative_error(kind(layer)(x), product) < allowed
     assert torch.equal(x, before)
 
 
