@@ -36,7 +36,8 @@ from steno.cache.segment import DenseSegment
 from steno.cache.tail import Tail
 from steno.codec.container import SavedFile
 from steno.codec.quality import QUALITIES
-from steno.session import Context, LanguageModel, load
+from steno.context import Context
+from steno.session import LanguageModel, load
 
 sys.path.append(str(HERE))
 from common import OtherLoad, Row, cpu_name, today

@@ -33,11 +33,12 @@ from steno.bench.tasks.perplexity import Perplexity
 from steno.bench.tasks.task import Draw, Room
 from steno.cache.layer import LayerCache
 from steno.codec.identity import HowRead
+from steno.context import Context
 from steno.errors import RecipeError
 from steno.models.kvcache import KVCache
 from steno.recipe import as_recipe
 from steno.replay import replay_context
-from steno.session import Context, LanguageModel
+from steno.session import LanguageModel
 from steno.types import Need
 
 FULL = "full"
