@@ -66,7 +66,8 @@ def test_numbers_of_values(n: int, size: tuple[int, int], share: float, dtype: t
     values = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(dtype) * 3 for x in places]
     inverse = (basis.float() / 128).bfloat16()
     numbers.fill_(99)
-    frame.encode(values, inverse, 0.4, mean, numbers, angles)
+    largest = frame.encode(values, inverse, 0.4, mean, numbers, angles)
+    assert largest == (int(numbers.int().abs().max()) if n else 0)
     plain = [turned(x.double(), angles[h : h + 1], 1, -1)[0] for h, x in enumerate(values)]
     centred = (torch.cat(plain, 1) - mean.double()).float().bfloat16().double()
     exact = centred @ inverse.double()

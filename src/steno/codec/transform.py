@@ -173,21 +173,19 @@ def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[T
 
 def encode(side: Side, mean: Tensor, directions: Tensor | None, step: float, *, num_refinements: int) -> Coded:
     """Codes values in directions of `fit` with a step of `step` in each after all refinements. mean: `[C]`."""
-    coarsest, num_tokens = step * REFINEMENT**num_refinements, len(side.heads[0])
+    coarsest = step * REFINEMENT**num_refinements
     unit = 1.0 if directions is None else _basis_unit(len(mean))
     basis = None if directions is None else (directions * unit).round_().to(torch.int8)
     mean = mean.bfloat16()
     frame = Frame(mean=mean, scales=torch.full_like(mean, coarsest / unit), basis=basis)
     # products that are rounded to whole steps may be rough
     in_steps = InSteps.of(frame, directions, rounds=3 if num_refinements else 1)
-    coded = _quantized(side, frame, in_steps, num_refinements)
-    if (
-        num_tokens and int(torch.maximum(coded.coarse.amax(), -coded.coarse.amin())) >= LARGEST
-    ):  # some may have been cut
+    coded, largest = _quantized(side, frame, in_steps, num_refinements)
+    if largest >= LARGEST:  # some may have been cut
         # doubled until it fits: exact in bfloat16, and the other components keep their step
         doubled = torch.exp2((_peaks(side, in_steps) / LARGEST).clamp(min=1.0).log2().ceil())
         frame = replace(frame, scales=frame.scales * doubled.bfloat16())
-        coded = _quantized(side, frame, replace(in_steps, inverse=in_steps.inverse / doubled), num_refinements)
+        coded, _ = _quantized(side, frame, replace(in_steps, inverse=in_steps.inverse / doubled), num_refinements)
     return coded
 
 
@@ -196,22 +194,30 @@ def _peaks(side: Side, in_steps: InSteps) -> Tensor:
     return torch.stack([in_steps(side.rows(where)).abs().amax(0) for where in blocks(len(side.heads[0]))]).amax(0)
 
 
-def _quantized(side: Side, frame: Frame, in_steps: InSteps, num_refinements: int) -> Coded:
+def _quantized(side: Side, frame: Frame, in_steps: InSteps, num_refinements: int) -> tuple[Coded, int]:
+    """The numbers, and the size of the largest coarse one."""
     num_tokens, channels = len(side.heads[0]), len(frame.mean)
     num_old = max(0, num_tokens - RECENT_TOKENS)
     coarse = torch.empty(num_tokens, channels, dtype=torch.int8, device=side.heads[0].device)
     refinements = [torch.empty_like(coarse) for _ in range(num_refinements)]
     recent = coarse[num_old:].clone()
     old, newest = side.of_tokens(slice(0, num_old)), side.of_tokens(slice(num_old, None))
+    _nest(in_steps, newest, [coarse[num_old:], recent, *(r[num_old:] for r in refinements)])
     if num_refinements or frame.basis is None or not fused.can_fuse(side.heads):
         # what is finer than a step needs exact products
         rough = in_steps if num_refinements or frame.basis is None else in_steps.rough()
         _nest(rough, old, [coarse[:num_old], *(r[:num_old] for r in refinements)])
-    elif num_old:
+        largest = _largest(coarse)
+    else:
         inverse = in_steps.inverse.bfloat16()
-        fused.encode(old.heads, inverse, 0.5 - DEAD_ZONE, in_steps.mean, coarse[:num_old], old.angles)
-    _nest(in_steps, newest, [coarse[num_old:], recent, *(r[num_old:] for r in refinements)])
-    return Coded(frame=frame, coarse=coarse, recent=recent, refinements=tuple(refinements))
+        largest = fused.encode(old.heads, inverse, 0.5 - DEAD_ZONE, in_steps.mean, coarse[:num_old], old.angles)
+        largest = max(largest, _largest(coarse[num_old:]))
+    return Coded(frame=frame, coarse=coarse, recent=recent, refinements=tuple(refinements)), largest
+
+
+def _largest(numbers: Tensor) -> int:
+    """The largest size of whole numbers, none of them -128; 0 where there are none."""
+    return int(numbers.abs().amax()) if numbers.numel() else 0
 
 
 def _nest(in_steps: InSteps, side: Side, places: Sequence[Tensor]) -> None:

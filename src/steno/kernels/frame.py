@@ -62,16 +62,17 @@ def decode(
 
 def encode(
     heads: Sequence[Tensor], inverse: Tensor, bias: float, mean: Tensor, numbers: Tensor, angles: Angles = ()
-) -> None:
-    """Writes values `[n, D]`, turned back and without their mean, times `inverse` as whole numbers, -127 .. 127.
+) -> int:
+    """Writes values `[n, D]`, turned back and without their mean, times `inverse` as whole numbers, -127 .. 127; the largest.
 
     bias: what is added to the size of a product before what is behind the point is cut off. inverse: bfloat16 `[C, C]`,
     others as in `decode`.
     """
     _check(numbers, inverse, torch.bfloat16, mean, heads, angles)
-    status = native.library().steno_frame_encode(_problem(numbers, inverse, bias, mean, heads, angles))
-    if status < 0:
+    largest: int = native.library().steno_frame_encode(_problem(numbers, inverse, bias, mean, heads, angles))
+    if largest < 0:
         raise MemoryError("no memory for the scratch of a native kernel.")
+    return largest
 
 
 def _check(

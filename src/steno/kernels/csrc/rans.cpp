@@ -274,7 +274,7 @@ EXPORT int64_t steno_rans_encode(const uint8_t *const *strips, const int64_t *en
         for (int64_t i = 0; i < num_strips; i++) count += ends[i * row + 1] - ends[i * row];
         const size_t most = 2 * count + 4 * kStates + 64;  // a symbol writes a word at most, and a vector a little more
         if (room.size() < most) {
-            symbols.resize(count);
+            symbols.resize(count + 1);  // never null, even without symbols
             room.resize(most);
         }
         uint8_t *to = symbols.data();
