@@ -89,13 +89,14 @@ def _store_side(writer: FileWriter, coded: Sequence[Coded], layer_idx: int, num_
     """Adds the parts of the keys or the values of a layer, whose numbers are changed meanwhile."""
     group, width = layer_idx + 1, coded[0].coarse.shape[1]
 
-    def add(rows: Sequence[Tensor], group: int, offset: int) -> int:
+    def add(rows: Sequence[Tensor], group: int, offset: int, context_columns: int = 1) -> int:
         numbers = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
         return writer.add(
             numbers.add_(offset).view(torch.uint8),  # 128 wraps round to what it should be
             group,
             offsets=_offsets([len(x) for x in rows]),
             row_tokens=1,
+            context_columns=context_columns,
             choose=Tables.by_spread,
         )
 
@@ -109,7 +110,7 @@ def _store_side(writer: FileWriter, coded: Sequence[Coded], layer_idx: int, num_
         "scales": add_frames([f.scales[None] for f in frames]),
         "basis": add_frames(bases) if bases else None,
         "coarse": add([c.coarse for c in coded], group, -128),
-        "recent": add([c.recent for c in coded], group, 1),
+        "recent": add([c.recent for c in coded], group, 1, width),  # three symbols, and few: one table does
         "refinements": [
             add([c.refinements[r] for c in coded], refinement_group(layer_idx, num_layers, r + 1), 1)
             for r in range(len(coded[0].refinements))
