@@ -1,11 +1,12 @@
 """Coverage-guided fuzzing of the reader of `.steno` files with atheris (libFuzzer for Python).
 
     pip install atheris
-    python tests/fuzz/fuzz_reader.py build/corpus -max_total_time=3600 -timeout=5 -rss_limit_mb=4096
+    python tests/fuzz/fuzz_reader.py build/corpus -max_total_time=3600 -timeout=5 -rss_limit_mb=16000
 
-The corpus is begun with valid files of a tiny model. What the fuzzer makes is read twice: as it is, and with its header and
-chunks signed anew, so that changes get past the digests. Everything but an error of ours is a finding; libFuzzer then writes the
-input to `crash-…` and `python tests/fuzz/fuzz_reader.py crash-…` shows it again.
+atheris itself keeps about 18 kB of each input, hence the limit. The corpus is begun with valid files of a tiny model. What
+the fuzzer makes is read twice: as it is, and with its header and chunks signed anew, so that changes get past the digests.
+Everything but an error of ours is a finding; libFuzzer then writes the input to `crash-…` and
+`python tests/fuzz/fuzz_reader.py crash-…` shows it again.
 """
 
 from __future__ import annotations
