@@ -12,7 +12,7 @@ from asking import DOCUMENT, QUESTION
 
 import steno
 from steno.calibration import save_calibration
-from steno.errors import PromptError
+from steno.errors import BadArgument, PromptError
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,9 @@ def test_following_several_tokens_in_a_pass_gives_the_same(load: Callable[..., A
     # a page that is full closes at the end of a pass, so it may be read in whole numbers a little later
     assert torch.allclose(torch.cat([step.logprobs for step in steps]), one, atol=1e-2 if recipe == "int8" else 1e-4)
     assert not list(ctx.follow_answer([], QUESTION))
+    for wrong in ([39], [1, 0, 39]):
+        with pytest.raises(BadArgument, match="passes"):
+            list(ctx.follow_answer(tokens, QUESTION, passes=wrong))
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,14 @@ def forced_steps(
 ) -> Iterator[Step]:
     """Teacher forcing: decodes just the tokens of `answer`, with the log-probabilities behind each. Mutates the cache.
 
-    passes: how many tokens of the answer each forward pass is behind; as many of them as it takes. announce: as in
-    `decode_steps`.
+    passes: how many tokens of the answer each forward pass is behind, 1 or more; as many of them as it takes. announce: as
+    in `decode_steps`. Raises BadArgument where the passes end before the answer, or one has no token.
     """
     pending, left, sizes, nfe = list(new_tokens), list(answer), iter(passes), 0
     while left:
-        count = next(sizes)
+        count = next(sizes, 0)
+        if count < 1:
+            raise BadArgument(f"`passes` must be numbers >= 1 that add up to the answer; {len(left)} tokens are left.")
         wanted, left = left[:count], left[count:]
         inputs = pending + wanted[:-1]
         if announce is not None:
