@@ -11,6 +11,10 @@ from steno.errors import BadArgument
 from steno.kernels import frame
 
 sizes = st.sampled_from([(1, 16), (1, 64), (3, 64), (2, 80), (1, 128), (4, 48)])
+any_problem = given(
+    n=st.integers(0, 40), size=sizes, share=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)  # fmt: skip
 runs = pytest.mark.skipif(not frame.can_fuse([torch.zeros(1, 16)]), reason="no AVX-512 for bfloat16 here")
 
 
@@ -39,10 +43,7 @@ def turned(x: torch.Tensor, angles: list, heads: int, sign: int) -> list[torch.T
 
 @runs
 @settings(max_examples=50, deadline=None)
-@given(
-    n=st.integers(0, 40), size=sizes, share=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-)  # fmt: skip
+@any_problem
 def test_values_of_numbers(n: int, size: tuple[int, int], share: float, dtype: torch.dtype, seed: int) -> None:
     half = int(size[1] // 2 * share)
     numbers, basis, mean, places, angles = problem(n, size, half, dtype, seed)
@@ -56,10 +57,7 @@ def test_values_of_numbers(n: int, size: tuple[int, int], share: float, dtype: t
 
 @runs
 @settings(max_examples=50, deadline=None)
-@given(
-    n=st.integers(0, 40), size=sizes, share=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-)  # fmt: skip
+@any_problem
 def test_numbers_of_values(n: int, size: tuple[int, int], share: float, dtype: torch.dtype, seed: int) -> None:
     half = int(size[1] // 2 * share)
     numbers, basis, mean, places, angles = problem(n, size, half, dtype, seed)

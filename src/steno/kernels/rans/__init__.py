@@ -194,8 +194,9 @@ class Strips:
             and (ends[:, -1] <= lengths[rows]).all()
         ):
             raise BadArgument("strips must lie within their rows, in order.")
+        firsts = [native.address(m).value or 0 for m in self.matrices]
         starts = [
-            m.__array_interface__["data"][0] + np.arange(len(m), dtype=np.int64) * m.shape[1] for m in self.matrices
+            a + np.arange(len(m), dtype=np.int64) * m.shape[1] for a, m in zip(firsts, self.matrices, strict=True)
         ]
         return np.concatenate(starts)[rows]
 
