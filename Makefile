@@ -35,8 +35,10 @@ test-vllm: $(VENV)/.installed-dev
 	.peers/vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gguf
 	$(BIN)/python -m pytest -m vllm tests/integrations
 
+# with examples drawn anew, where the everyday suite has the same each time
 slow: model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --hypothesis-profile explore
+	$(BIN)/python -m pytest --hypothesis-profile explore
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks examples setup.py

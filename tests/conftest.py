@@ -17,6 +17,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,6 +30,11 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("Ġ", "1"), ("Ġ", "Ġ"), ("h", "e")]
 TOKENS = SPECIALS + BYTES + ["".join(pair) for pair in MERGES]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+
+# the same examples on every run, so that a change is judged by what it did; `--hypothesis-profile explore` tries others
+settings.register_profile("everyday", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile("everyday")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if folder := config.getoption("--sanitized-library"):
         native.LIBRARY_DIR = folder.resolve()  # before the tests are collected: they ask for its instruction sets
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,8 @@ def test_without_the_library_torch_takes_over(dtype, tmp_path, monkeypatch):
             tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(out, fast[0], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(lse.float(), fast[1].float(), rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(max_attention(q[0], k[0], fast[1][0], scale=0.3), maxima)
+            # beyond the causal part these are no probabilities but powers of e: as exact as their exponent
+            torch.testing.assert_close(max_attention(q[0], k[0], fast[1][0], scale=0.3), maxima, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
