@@ -112,7 +112,7 @@ def test_rows_that_share_spans_attend_like_rows_that_do_not(isa, data):
         found, found_lse = attend(q, SpanTable.build(sharing, head_dim=64), **options)
         expected, expected_lse = attend(q, SpanTable.build(apart, head_dim=64), **options)
         # the running maximum differs, and with it how coefficients round
-        tolerance = {"vnni": 2e-4, "bf16": 2e-2}.get(isa, 5e-6)
+        tolerance = {"avx2": 1e-4, "vnni": 2e-4, "bf16": 2e-2}.get(isa, 5e-6)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(found_lse, expected_lse, rtol=tolerance, atol=tolerance)
 

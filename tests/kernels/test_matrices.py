@@ -51,7 +51,9 @@ def test_every_byte_of_five_trits_is_its_own():
 @pytest.mark.skipif(not ISAS, reason="the native library is not built")
 @pytest.mark.parametrize("kind", KINDS)
 @given(
-    shape=st.sampled_from([(64, 64), (20, 64), (40, 64), (64, 80), (128, 64), (64, 20), (1, 16), (48, 112), (64, 256)]),
+    shape=st.sampled_from(
+        [(64, 64), (20, 64), (40, 64), (64, 80), (128, 64), (64, 20), (1, 16), (48, 112), (64, 256), (300, 32)]
+    ),
     num=st.integers(1, 6),
     vectors=st.integers(1, 9),
     group=st.sampled_from([16, 32, 64, 1000]),
@@ -73,11 +75,11 @@ def test_native_products_are_those_of_the_decoded_matrices(kind, shape, num, vec
         out = torch.zeros(vectors, num, padded)
         lines = matrices._whole_rows(x, 1, rows)
         cpu.multiply(lines, out, m, matrices._table(m), x_step=0, out_step=padded, isa=isa)
-        # vnni keeps 14 bits of a coefficient
+        # dot products of whole numbers keep 14 or 15 bits of a coefficient
         close(
             out[:, :, :columns].flatten(1),
             expected,
-            2e-3 if isa in ("vnni", "bf16") and kind.startswith("int") else 2e-5,
+            2e-3 if isa in ("avx2", "vnni", "bf16") and kind.startswith("int") else 2e-5,
         )
 
 

@@ -4,9 +4,9 @@
 // with_sign_of, hsum, hsum16, hmax, select_less, keep_first, load_half, load_bfloat16, half_to_float, load_line,
 // load_bytes, shift_right, shift_left, and_of, or_of, plus, halves_of, Table, load_table, look_up, decode_low,
 // transpose16 and kAccumulators, the F that fit its registers, and includes math.inl, operands.inl, no_levels.inl or
-// levels.inl and maybe level_products.inl, one of codes.inl and dots.inl, products.inl, and one of bfloats.inl and
-// bfloat_dots.inl before. Nothing here may be shared between the builds: the linker would keep one copy, with
-// instructions that a machine may lack. So no std:: templates either.
+// levels.inl and maybe level_products.inl, one of codes.inl, dots.inl and words.inl (fold.inl before the last two),
+// products.inl, and one of bfloats.inl and bfloat_dots.inl before. Nothing here may be shared between the builds: the
+// linker would keep one copy, with instructions that a machine may lack. So no std:: templates either.
 
 constexpr int kTileVectors = kPageTokens / kLanes;
 constexpr float kInfinity = __builtin_inff();

@@ -153,24 +153,39 @@ inline void transpose16(F *x) {
     for (int i = 0; i < 8; i++) x[i] = {part[0][i], part[2][i]}, x[8 + i] = {part[1][i], part[3][i]};
 }
 
-// The sums of the 16 lanes of each of x[0 .. 15].
-inline F hsum16(const F *x) {
+inline __m256 add8(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+inline __m256 max8(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+// Neighbours put together: of a in the lower half of each 128 bits, of b in the upper one.
+template <__m256 combine(__m256, __m256)>
+inline __m256 reduce_pairs(__m256 a, __m256 b) {
+    return combine(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
+template <__m256 combine(__m256, __m256)>
+inline __m256 reduce_quads(const __m256 *x) {
+    return reduce_pairs<combine>(reduce_pairs<combine>(x[0], x[1]), reduce_pairs<combine>(x[2], x[3]));
+}
+// The 16 lanes of each of x[0 .. 15] put together: lane i of the result is that of x[i].
+template <__m256 combine(__m256, __m256)>
+inline F reduce16(const F *x) {
     __m256 half[2];
     for (int k = 0; k < 2; k++) {
         __m256 y[8];
-        for (int i = 0; i < 8; i++) y[i] = _mm256_add_ps(x[8 * k + i].lo, x[8 * k + i].hi);
-        const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
-        const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(y[4], y[5]), _mm256_hadd_ps(y[6], y[7]));
-        half[k] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+        for (int i = 0; i < 8; i++) y[i] = combine(x[8 * k + i].lo, x[8 * k + i].hi);
+        const __m256 a = reduce_quads<combine>(y), b = reduce_quads<combine>(y + 4);
+        half[k] = combine(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
     return {half[0], half[1]};
 }
+inline F hsum16(const F *x) { return reduce16<add8>(x); }
+inline F hmax16(const F *x) { return reduce16<max8>(x); }
 
 #include "math.inl"
 #include "operands.inl"
 #include "levels.inl"
 #include "level_products.inl"
-#include "codes.inl"
+constexpr float kLargestCoefficient = 32767.f;  // see fold.inl
+#include "fold.inl"
+#include "words.inl"
 #include "products.inl"
 #include "bfloats.inl"
 #include "attend.inl"

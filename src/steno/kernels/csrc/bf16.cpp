@@ -18,6 +18,8 @@ namespace {
 #include "math.inl"
 #include "operands.inl"
 #include "no_levels.inl"
+constexpr float kLargestCoefficient = 127.f * 128.f;  // see fold.inl
+#include "fold.inl"
 #include "dots.inl"
 #include "products.inl"
 #include "bfloat_dots.inl"

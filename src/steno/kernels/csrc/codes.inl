@@ -1,5 +1,5 @@
 // The product over codes in floats: every code becomes a float in a register. Its interface is multiply_codes and
-// kMaxCodeVectors, which dots.inl offers too.
+// kMaxCodeVectors, which dots.inl and words.inl offer too.
 
 constexpr int64_t kMaxCodeVectors = kMaxDirect;  // more vectors are worth decoding the codes once
 

@@ -1,18 +1,15 @@
-// The product over codes in dot products of bytes (VNNI). The coefficients, which change with every page, are rounded
-// to 15 bits of the largest one of their group, as two bytes each: coefficient = step * (128 * high + low). Against
-// bfloat16, which keeps 8 bits of every number, the error is small; tests hold it to account.
-
-constexpr int64_t kMaxCodeVectors = INT64_MAX;  // decoding codes is cheap beside a product
+// The product over codes in dot products of bytes (VNNI). Coefficients are two bytes each: coefficient = step * (128 * high
+// + low), see fold.inl.
 
 // Of the tiles of a batch, one after the other.
 struct ByteCoefficients {
     const int8_t *high, *low;  // [count][M][groups][stride]
-    int64_t stride;            // rows, rounded up to kByteRows
+    int64_t stride;
     const float *step, *bias;  // [count][M][groups]
 };
 
-constexpr float kLargestCoefficient = 127.f * 128.f;
 constexpr int64_t kByteRows = 64;  // a register of bytes
+static_assert(kLargestCoefficient == 127.f * 128.f, "a byte above the seven bits of another");
 
 // Bytes out of 64 numbers that fit into them.
 inline I pack_bytes(const I *x) {
@@ -33,61 +30,15 @@ inline void store_bytes(const float *x, F inverse, int8_t *high, int8_t *low) {
     _mm512_storeu_si512(low, pack_bytes(rest));
 }
 
-// Folds scales into coefficients and minima into one number per group: x [count][M][x_stride], zeros from `rows` on.
-// In three passes over the batch, so that no pass waits for the horizontal sums of the one before.
-template <int M>
-inline ByteCoefficients fold_bytes(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
-                                   const Scratch &scratch) {
-    const int64_t groups = a->groups, rows = a->rows, stride = ceil_div(rows, kByteRows) * kByteRows;
-    float *const coef = scratch.coef, *const top = scratch.tops, *const sum = scratch.sums;
-    for (int64_t i = 0; i < count; i++, x += x_step) {
-        const uint16_t *next = a[i].params + a[i].next_params;
-        for (int64_t at = 0; at < 2 * groups * rows; at += 32) prefetch(next + at);
-        for (int64_t g = 0; g < groups; g++) {
-            const uint16_t *scales = a[i].params + g * rows, *minima = scales + groups * rows;
-            const int64_t first = i * M * groups + g;
-            float *out = coef + first * stride;
-            F tops[M], sums[M];
-            unroll<M>([&](auto m) STENO_INLINE { tops[m] = sums[m] = set1(0.f); });
-            int64_t r = 0;
-            for (; r < rows; r += kLanes) {
-                const F scale = load_first_half(scales + r, rows - r), minimum = load_first_half(minima + r, rows - r);
-                unroll<M>([&](auto m) STENO_INLINE {
-                    const F factor = load(x + m * x_stride + r), product = mul(factor, scale);
-                    store(out + m * groups * stride + r, product);
-                    tops[m] = max(tops[m], abs_of(product));
-                    sums[m] = fma(factor, minimum, sums[m]);
-                });
-            }
-            for (; r < stride; r += kLanes)
-                unroll<M>([&](auto m) STENO_INLINE { store(out + m * groups * stride + r, set1(0.f)); });
-            unroll<M>([&](auto m) STENO_INLINE {
-                store(top + (first + m * groups) * kLanes, tops[m]);
-                store(sum + (first + m * groups) * kLanes, sums[m]);
-            });
-        }
+// The coefficients of a batch in bytes.
+inline ByteCoefficients as_bytes(const Folded &f, const Scratch &scratch) {
+    int8_t *const high = scratch.bytes, *const low = high + f.vectors * f.stride;
+    for (int64_t k = 0; k < f.vectors; k++) {
+        const F factor = set1(f.inverse[k]);
+        for (int64_t r = k * f.stride; r < (k + 1) * f.stride; r += kByteRows)
+            store_bytes(f.coef + r, factor, high + r, low + r);
     }
-    const int64_t vectors = count * M * groups;
-    float *const step = scratch.step, *const bias = scratch.bias, *const inverse = scratch.inverse;
-    for (int64_t k = 0; k < vectors; k += kLanes) {
-        F tops[kLanes], sums[kLanes];
-        unroll<kLanes>([&](auto i) STENO_INLINE {  // what lies behind the last vector is unused
-            tops[i] = load(top + (k + i) * kLanes), sums[i] = load(sum + (k + i) * kLanes);
-        });
-        // a query that is not finite shows in the bias, and so in the result
-        const F largest = hmax16(tops);
-        const F usable = select_less(set1(1e-30f), largest, largest, set1(__builtin_inff()));
-        store(inverse + k, div(set1(kLargestCoefficient), usable));
-        store(step + k, mul(select_less(usable, set1(1e30f), usable, set1(0.f)), set1(1.f / kLargestCoefficient)));
-        store(bias + k, hsum16(sums));
-    }
-    int8_t *const high = scratch.bytes, *const low = high + vectors * stride;
-    for (int64_t k = 0; k < vectors; k++) {
-        const F factor = set1(inverse[k]);
-        for (int64_t r = k * stride; r < (k + 1) * stride; r += kByteRows)
-            store_bytes(coef + r, factor, high + r, low + r);
-    }
-    return {high, low, stride, step, bias};
+    return {high, low, f.stride, f.step, f.bias};
 }
 
 inline I four_rows(const int8_t *p) {
@@ -157,7 +108,7 @@ template <int kBits, int M>
 inline void multiply_codes(const Operand *a, int64_t count, const float *x, int64_t x_step, int64_t x_stride,
                            const Scratch &scratch, Target t) {
     constexpr int N = M <= 3 ? 4 : 2;  // two accumulators each
-    ByteCoefficients c = fold_bytes<M>(a, count, x, x_step, x_stride, scratch);
+    ByteCoefficients c = as_bytes(fold<M>(a, count, x, x_step, x_stride, scratch), scratch);
     const int64_t vectors = M * a->groups;
     for (int64_t i = 0; i < count; i++, a++) {
         int64_t block = 0;
