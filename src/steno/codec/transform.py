@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steno.codec.rotation import turn
 from steno.kernels import frame as fused
-from steno.models.weights import cpu_has_bfloat16
+from steno.models.weights import cpu_has_bfloat16, has_vnni
 
 DEAD_ZONE = 0.1
 """So much of a step more is rounded towards 0: fewer bits for little error, as most numbers are small."""
@@ -109,9 +109,8 @@ class Frame:
             block = numbers[where]
             if basis is None:
                 values = torch.addcmul(mean, block, scales)
-            elif is_whole and block.device.type == "cpu":
-                # exact, and four times as fast as in fp32
-                values = torch._int_mm(block, basis).float().mul_(scales[0]).add_(mean)
+            elif is_whole:
+                values = _whole_product(block, basis).mul_(scales[0]).add_(mean)
             else:
                 values = torch.addmm(mean, block * scales, basis.float())
             side.put(where, values)
@@ -156,6 +155,13 @@ class Coded:
     coarse: Tensor
     recent: Tensor
     refinements: tuple[Tensor, ...]
+
+
+def _whole_product(numbers: Tensor, basis: Tensor) -> Tensor:
+    """The product of whole numbers in 8 bits, fp32 `[m, C]`, exact: sums stay below 2^22 where C <= 256."""
+    if numbers.device.type == "cpu" and has_vnni():
+        return torch._int_mm(numbers, basis).float()  # four times as fast as in fp32; without VNNI 30 times as slow
+    return numbers.float() @ basis.float()
 
 
 def decode(frame: Frame, coarse: Tensor, recent: Tensor, refinements: Sequence[Tensor], side: Side) -> None:
