@@ -21,6 +21,9 @@ from steno.errors import BadArgument, ModelError, nearest
 GROUP = 32
 """Neighbouring input channels that share a scale and a zero point in `Int4Linear`."""
 
+FEW_TOKENS = 32
+"""Up to so many `Int8WeightLinear` multiplies codes as they are; decoding them pays where there are more."""
+
 
 @final
 class Fp16Linear(nn.Module):
@@ -65,6 +68,7 @@ class Bf16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """Weights as int8 with a scale per output channel; activations as uint8 with a scale and zero point per token.
 
+    For CPUs with VNNI: elsewhere FBGEMM can overflow unless one of both has 7 bits.
     The kernel itself has one range for all tokens of a call, which costs far more than 8 bits should: one outlier token
     coarsens all others. So several tokens are each brought to the range [-1, 1] before, and back after.
     """
@@ -79,7 +83,6 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(codes, None)
         self.row_sums = codes.dequantize().sum(1)  # [out]
         self.bias = linear.bias
-        self.reduce_range = not has_vnni()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the dtype of x."""
@@ -92,8 +95,38 @@ class Int8Linear(nn.Module):
         return _with_bias(out.mul_(half).addcmul_(center, self.row_sums), self.bias, x)
 
     def _product(self, values: Tensor) -> Tensor:
-        out: Tensor = torch.ops.quantized.linear_dynamic(values, self.packed, self.reduce_range)
+        out: Tensor = torch.ops.quantized.linear_dynamic(values, self.packed, False)
         return out
+
+
+@final
+class Int8WeightLinear(nn.Module):
+    """Weights as int8 with a scale per output channel, for CPUs without VNNI: activations stay floating-point numbers.
+
+    Of few tokens they are bfloat16, and codes are multiplied as they are; for many tokens the weights become float32 for the
+    time of the call.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)  # [out]
+        codes = (weight / self.scales[:, None]).round_().to(torch.int8)
+        # [out, in and zeros]: the kernel reads 8 or 16 at a time and knows no rest
+        self.padding = -weight.shape[1] % 16
+        self.codes = nn.functional.pad(codes, (0, self.padding))
+        self.ones = torch.ones_like(self.scales, dtype=torch.bfloat16)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the dtype of x."""
+        flat = nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, self.padding))
+        if len(flat) <= FEW_TOKENS:
+            # scales are applied in float32, as the kernel takes them in the dtype of the activations
+            out = torch.ops.aten._weight_int8pack_mm(flat.bfloat16(), self.codes, self.ones).float().mul_(self.scales)
+        else:
+            out = nn.functional.linear(flat.float(), self.codes.float().mul_(self.scales[:, None]))
+        return _with_bias(out.view(*x.shape[:-1], -1), self.bias, x)
 
 
 @final
@@ -159,6 +192,8 @@ def shrink_weights(model: nn.Module, weights: str) -> None:
         kind = FORMATS[weights]
         if kind is Int4Linear and (linear is head or not Int4Linear.fits(linear)):
             kind = Int8Linear
+        if kind is Int8Linear and not has_vnni():
+            kind = Int8WeightLinear
         setattr(parent, name, kind(linear))
 
 
@@ -176,7 +211,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def has_vnni() -> bool:
-    """Whether products of 8-bit numbers are added up in 32 bits; elsewhere FBGEMM can overflow unless one has 7 bits."""
+    """Whether products of 8-bit numbers are added up in 32 bits at once."""
     return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
