@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/steno/kernels/csrc/*)
 SANITIZED := build/sanitized
+# two processes, whose threads would be in each other's way; a file's tests stay together, as they share what is slow to make
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # true where the compiler is gcc and has its runtimes of the sanitizers
 HAS_SANITIZERS = (for name in asan ubsan; do test -e "$$($(CXX) -print-file-name=lib$$name.so 2>/dev/null)" || exit 1; done)
 
@@ -19,7 +21,7 @@ demo: model
 		--recipe "shorthand @ 43%" --max-new-tokens 48
 
 test: lint model $(VENV)/.browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	@if $(HAS_SANITIZERS); then $(MAKE) test-native; else echo "no gcc with its sanitizers: test-native is left out"; fi
 
 # the native kernels under gcc's sanitizers, which must be loaded first; python itself frees little at its end. What they
@@ -27,7 +29,8 @@ test: lint model $(VENV)/.browser
 test-native: $(SANITIZED)/.built
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(ldd $(SANITIZED)/steno/kernels/_native*.so | awk '/lib(asan|ubsan)/ {print $$3}' | xargs)" \
-		$(BIN)/python -m pytest --capture=sys tests/kernels tests/codec/test_rans.py -k "not triton" --sanitized-library $(SANITIZED)/steno/kernels
+		$(BIN)/python -m pytest -n 2 --capture=sys tests/kernels tests/codec/test_rans.py -k "not triton" \
+		--sanitized-library $(abspath $(SANITIZED))/steno/kernels
 
 # vLLM's CPU build in an environment of its own (over 2 GB), and in it what `import steno` needs beside
 test-vllm: $(VENV)/.installed-dev
@@ -38,7 +41,7 @@ test-vllm: $(VENV)/.installed-dev
 # with examples drawn anew, where the everyday suite has the same each time
 slow: model
 	$(BIN)/python -m pytest -m slow --hypothesis-profile explore
-	$(BIN)/python -m pytest --hypothesis-profile explore
+	$(PYTEST) --hypothesis-profile explore
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks examples setup.py
