@@ -57,7 +57,7 @@ def data(tmp_path: Path) -> Path:
 
 STATISTICS = {id for id, cls in METHODS.items() if "statistics" in {f.name for f in dataclasses.fields(cls)}}
 """Methods that take theirs from the prompt where there is no file."""
-SHIPPED_STATISTICS = {"kvquant", "double_sparsity"}
+SHIPPED_STATISTICS = {"cskv", "kvquant", "double_sparsity"}
 
 
 @pytest.mark.parametrize("method", ["palu", "cskv", "rotatekv"])
@@ -230,6 +230,13 @@ def test_training_resumes_as_if_never_interrupted(tmp_path: Path, monkeypatch: p
     place.write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="not a readable safetensors file"):
         learn(place)
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "locret", "--model", "no such model", "--out", str(tmp_path / "missing" / "x.st")]) == 2
+    assert "missing" in capsys.readouterr().err
 
 
 def test_training_that_fails_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise BadArgument(f"`--steps` must be >= 1; got {arguments.steps}.")
     steps = arguments.steps or learner.steps
+    if arguments.out and not os.access(folder := Path(arguments.out).expanduser().parent, os.W_OK):
+        raise BadArgument(f"`--out` must lie in a folder that is there and can be written to; got {folder}.")
     text = read_document(arguments.data) if arguments.data else None
     lm = load(arguments.model)
     what = arguments.data

@@ -18,7 +18,7 @@ MIN_TOKENS = 64
 
 
 def learn(lm: LanguageModel, text: str, options: Options) -> Mapping[str, Tensor]:
-    """`key_moment`, `value_moment` `[L, C, C]` and `key_mean` `[L, C]` fp32, C = Hkv D, heads side by side."""
+    """`key_moment`, `value_moment` `[L, C, C]` and `key_mean` `[L, C]`, C = Hkv D, heads side by side; fp16 if all fit."""
     tokens = lm.tokenize(text)[: lm.loaded.max_positions]
     if len(tokens) < MIN_TOKENS:
         raise PromptError(f"calibration needs at least {MIN_TOKENS} tokens of text; got {len(tokens)}.")
@@ -30,4 +30,6 @@ def learn(lm: LanguageModel, text: str, options: Options) -> Mapping[str, Tensor
         values.append(second_moment(list(kv.values)))
         means.append(seen.pre_rope_keys.float().mean(1).flatten())
     options.report("reading", 1, 1)
-    return {"key_moment": torch.stack(keys), "value_moment": torch.stack(values), "key_mean": torch.stack(means)}
+    found = {"key_moment": torch.stack(keys), "value_moment": torch.stack(values), "key_mean": torch.stack(means)}
+    fits = all(x.abs().max() < torch.finfo(torch.float16).max for x in found.values())
+    return {name: x.half() if fits else x for name, x in found.items()}

@@ -61,7 +61,7 @@ class HyLRA:
 
     id: ClassVar[str] = "hylra"
     kind: ClassVar[str] = "access"
-    title: ClassVar[str] = "HyLRA"
+    title: ClassVar[str] = "HyLRA (reconstruction)"
     paper: ClassVar[str] = "HyLRA: Hybrid Layer Reuse Attention for Efficient Long-Context Inference"
     year: ClassVar[int] = 2026
     arxiv: ClassVar[str] = "2602.00777"

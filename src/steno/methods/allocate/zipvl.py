@@ -38,7 +38,7 @@ class ZipVL:
 
     id: ClassVar[str] = "zipvl"
     kind: ClassVar[str] = "allocate"
-    title: ClassVar[str] = "ZipVL, adaptive ratio"
+    title: ClassVar[str] = "ZipVL, adaptive ratio (reconstruction)"
     paper: ClassVar[str] = (
         "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification and KV Cache Compression"
     )
@@ -50,7 +50,7 @@ class ZipVL:
     across_layers: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer whose scores add up; the budget is a ceiling, below which tau decides. "
-        "Attention of the prefill stays full."
+        "Attention of the prefill stays full; tau is the paper's as remembered."
     )
 
     tau: float = 0.975

@@ -41,7 +41,7 @@ class Chelsea:
 
     id: ClassVar[str] = "chelsea"
     kind: ClassVar[str] = "merge"
-    title: ClassVar[str] = "Chelsea (CentroidKV)"
+    title: ClassVar[str] = "Chelsea, CentroidKV (reconstruction)"
     paper: ClassVar[str] = "Efficient Long-Context LLM Inference via KV Cache Clustering"
     year: ClassVar[int] = 2025
     arxiv: ClassVar[str] = "2506.11418"

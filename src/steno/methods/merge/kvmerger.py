@@ -49,7 +49,7 @@ class KVMerger:
 
     id: ClassVar[str] = "kvmerger"
     kind: ClassVar[str] = "merge"
-    title: ClassVar[str] = "KVMerger"
+    title: ClassVar[str] = "KVMerger (reconstruction)"
     paper: ClassVar[str] = "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks"
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2407.08454"
@@ -57,8 +57,9 @@ class KVMerger:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
-        "The budget says how many neighbours are merged, the most similar first, and drops the lowest sets where too few are "
-        "above the threshold; a set counts on the logit, where the paper multiplies its value."
+        "Written from the abstract and from reviews: sigma and the order of merging are in doubt. The budget says how many "
+        "neighbours are merged, the most similar first, and drops the lowest sets where too few are above the threshold; a set "
+        "counts on the logit, where the paper multiplies its value."
     )
     counts_tokens: ClassVar[bool] = True
 

@@ -52,7 +52,7 @@ class VideoLLMMoD:
 
     id: ClassVar[str] = "videollm_mod"
     kind: ClassVar[str] = "propagate"
-    title: ClassVar[str] = "VideoLLM-MoD"
+    title: ClassVar[str] = "VideoLLM-MoD (reconstruction)"
     paper: ClassVar[str] = "VideoLLM-MoD: Efficient Video-Language Streaming with Mixture-of-Depths Vision Computation"
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2408.16730"

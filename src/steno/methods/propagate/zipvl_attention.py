@@ -47,7 +47,7 @@ class ZipVLAttention:
 
     id: ClassVar[str] = "zipvl_attention"
     kind: ClassVar[str] = "propagate"
-    title: ClassVar[str] = "ZipVL, sparse prefill attention"
+    title: ClassVar[str] = "ZipVL, sparse prefill attention (reconstruction)"
     paper: ClassVar[str] = (
         "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification and KV Cache Compression"
     )

@@ -57,7 +57,7 @@ def _calibrated(
     device: torch.device,
 ) -> LowRankBasis:
     """One basis for all sequences; the tensors of a file are the same objects as long as it does not change."""
-    moments = key[layer_idx].to(device), value[layer_idx].to(device)
+    moments = key[layer_idx].to(device).float(), value[layer_idx].to(device).float()
     return _basis(*moments, num_groups, key_rank, value_rank, dim, dtype)
 
 

@@ -121,7 +121,7 @@ class RotateKV:
                 f"the means of {self.statistics} must be those of this model, [{tokens.num_layers}, {width}]; got "
                 f"{[*means.shape]}: calibrate on this model."
             )
-        return means[tokens.layer_idx]
+        return means[tokens.layer_idx].float()
 
 
 @final
