@@ -239,6 +239,23 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_learned(
     assert "missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["calibrate", "locret"], "write `steno train locret`"),
+        (["train", "prefixkv"], "write `steno calibrate prefixkv`"),
+        (["calibrate", "hylr"], "did you mean 'hylra'?"),
+        (["train", "nonsense"], "valid: locret, trim_kv."),
+    ],
+)
+def test_a_method_of_the_other_command_is_told_where_it_belongs(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(words)
+    assert hint in capsys.readouterr().err
+
+
 def test_training_that_fails_says_so() -> None:
     with pytest.raises(CalibrationError, match="the loss of step 0 is nan"):
         training.train({"x": torch.zeros(1)}, lambda step: torch.tensor(torch.nan), Options(steps=1), learning_rate=1)

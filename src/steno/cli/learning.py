@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from steno.cli.document import language_reference, read_document, whole_reference
-from steno.errors import BadArgument
+from steno.errors import BadArgument, nearest
 from steno.learn import LEARNERS, Command
 from steno.models.default import DEFAULT_MODEL
 
@@ -16,9 +16,8 @@ from steno.models.default import DEFAULT_MODEL
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     """The arguments of `steno train` or `steno calibrate`."""
     learners = [learner for learner in LEARNERS.values() if learner.command == command]
-    names = [learner.id for learner in learners]
     what = "; ".join(f"{learner.id}: {learner.what}" for learner in learners)
-    parser.add_argument("method", metavar="METHOD", choices=names, help=what)
+    parser.add_argument("method", metavar="METHOD", type=lambda text: _learner_id(text, command), help=what)
     parser.add_argument("--model", metavar="M", default=DEFAULT_MODEL, help="as for `steno ask` (default: %(default)s)")
     parser.add_argument("--data", metavar="FILE", help="text to learn from, - for standard input")
     parser.add_argument("--out", metavar="FILE", help="safetensors file to write; without it, where recipes find it")
@@ -27,6 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
         parser.add_argument("--steps", metavar="N", type=int, help="one passage each (default: the method's own)")
         parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     parser.set_defaults(steps=None, resume=False)
+
+
+def _learner_id(text: str, command: Command) -> str:
+    """A method of the command; raises for argparse if it is not one."""
+    learner = LEARNERS.get(text)
+    if learner is None or learner.command != command:
+        names = [learner.id for learner in LEARNERS.values() if learner.command == command]
+        way = f"write `steno {learner.command} {text}`" if learner is not None else nearest(text, names)
+        raise argparse.ArgumentTypeError(f"`steno {command}` knows no {text}; {way}")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:
