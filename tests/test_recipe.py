@@ -260,7 +260,7 @@ def test_bad_recipes(text: str, message: str) -> None:
     ("text", "message"),
     [
         ("snapkv", "snapkv chooses tokens, so the recipe needs a budget: e.g. `snapkv @ 25%`"),
-        ("int4 @ 50%", "needs a method that chooses tokens"),
+        ("int4 @ 50%", "needs a method that chooses tokens: e.g. `snapkv | int4 @ 50%`"),
         ("full @ 9", "needs a method that chooses tokens"),
         ("snapkv @ 0", "> 0"),
         ("snapkv @ 0%", "above 0%"),

@@ -152,14 +152,15 @@ class Recipe:
 
     def _check_score(self) -> None:
         if self.score is None:
+            routes = [stage_text(stage) for stage in self._of("propagate")]
+            others = [stage_text(stage) for stage in self.stages if stage.kind != "propagate"]
+            chain = " | ".join([*routes, "snapkv", *others])
             for stage in (self.allocate, self.merge):
                 if stage is not None:
-                    raise RecipeError(
-                        f"{stage.id} needs a method that chooses tokens: e.g. `snapkv | {stage.id} @ 25%`."
-                    )
+                    raise RecipeError(f"{stage.id} needs a method that chooses tokens: e.g. `{chain} @ 25%`.")
             if self.budget != WHOLE:
                 raise BudgetError(
-                    f"a budget of {self.budget} needs a method that chooses tokens: e.g. `snapkv @ {self.budget}`."
+                    f"a budget of {self.budget} needs a method that chooses tokens: e.g. `{chain} @ {self.budget}`."
                 )
         elif self.score.evicts_while_decoding and self.merge is not None and self.merge.counts_tokens:
             raise RecipeError(
