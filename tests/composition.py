@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from itertools import combinations, permutations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,14 @@ PROMPT_TOKENS, BUDGET_TOKENS, NEW_TOKENS = 150, 100, 3
 """More than a page of 64 is kept, more than a page is dropped or merged in all, and what is kept is no multiple of a page."""
 CHOOSES = "keydiff"
 """The scorer of pairs that need one and have none."""
-ARGUMENTS = {"snapkv": "window=16", "quest": "tokens=64, dense_layers=0"}
-"""Arguments under which a method does something with so short a prompt."""
+ARGUMENTS = {
+    "snapkv": "window=16",
+    "quest": "tokens=64, dense_layers=0",
+    "palu": "key_share=0.25, value_share=0.25",
+    "cskv": "key_density=0.25, value_density=0.25",
+}
+"""Arguments under which a method does something with so short a prompt, and leaves widths other than a head's: half of two
+heads would be as wide as one."""
 
 TRIED = {id: cls for id, cls in METHODS.items() if Need.IMAGE_MASK not in cls.needs}
 """Methods that look at images meet the others on vision models, in tests/host."""
@@ -42,10 +48,10 @@ Pair = tuple[type[Method], type[Method]]
 
 
 def pairs() -> list[Pair]:
-    """All pairs of methods of different kinds in the order of a recipe, and of transforms in any."""
+    """All pairs of methods of different kinds in the order of a recipe, and of transforms in any, also one twice."""
     ordered = sorted(TRIED.values(), key=lambda cls: KINDS.index(cls.kind))
     return [(a, b) for a, b in combinations(ordered, 2) if a.kind != b.kind] + list(
-        permutations(TRANSFORMS.values(), 2)
+        product(TRANSFORMS.values(), repeat=2)
     )
 
 

@@ -320,7 +320,15 @@ def test_transforms_repeat_and_keep_their_order() -> None:
 
 
 def test_what_takes_rope_back_comes_first() -> None:
-    assert [stage.id for stage in parse_recipe("palu | hadamard | think").transform] == ["palu", "hadamard", "think"]
+    assert [stage.id for stage in parse_recipe("palu | hadamard | int8").transform] == ["palu", "hadamard"]
     for chain in ("think | palu", "hadamard | cskv", "palu | cskv"):
         with pytest.raises(RecipeError, match="be the first transform"):
             parse_recipe(chain)
+
+
+@pytest.mark.parametrize(
+    "chain", ["rotatekv | think", "palu | think", "cskv | think | int4", "palu | hadamard | think"]
+)
+def test_what_looks_at_queries_does_not_stand_behind_keys_before_rope(chain: str) -> None:
+    with pytest.raises(RecipeError, match=r"think chooses by the queries, and .* from before RoPE"):
+        parse_recipe(chain)

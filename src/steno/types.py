@@ -171,6 +171,7 @@ class KeptTokens:
     keys, values: `[n_h, D]` per KV head; positions: `[n_h]` int64 per KV head, the true positions, ascending.
     log_counts: `[n_h]` fp32 per KV head, to be added to the logits; None: nothing is added.
     rope: given to those who declare `Need.ROPE`. observation: of the prompt; None for tokens that came after it.
+    Behind a transform keys, values and the observed queries are in its basis.
     """
 
     keys: list[Tensor]

@@ -178,6 +178,35 @@ def test_think_leaves_the_newest_tokens_whole_and_frees_bytes(recipe: str) -> No
     assert layer.measure() < full.measure()
 
 
+@pytest.mark.parametrize(
+    ("chain", "kept"),
+    [("hadamard | think(ratio=0.5, recent=0)", 8), ("think(ratio=0.25, recent=0) | think(ratio=0.34, recent=0)", 8),
+     ("think(ratio=0.25, recent=0) | hadamard | think(ratio=0.0, recent=0)", 12)],
+)  # fmt: skip
+@pytest.mark.parametrize("stored", ["", " | int8"])
+def test_think_chooses_channels_by_queries_in_the_basis_before_it(chain: str, kept: int, stored: str) -> None:
+    """Queries that use half of the channels, others in each KV head, lose nothing with the other half."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 200, 16, generator=g) for heads in (6, 2, 2))
+    q[:, :3, :, ::2] = 0
+    q[:, 3:, :, :8] = 0
+    if chain.startswith("hadamard"):
+        q = q @ rotation(16).mT  # channels of the rotated basis are unused
+    config = LlamaConfig(**{**SHARED, "head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2})
+    outs = []
+    for recipe in (chain + stored, "full"):
+        layer = steno.KVCache(config, recipe).own_layers[1]
+        layer.update(k, v)
+        layer.attend(q, None, scale=0.25)
+        if recipe != "full":
+            [segment] = layer.content.rows[0].segments
+            assert segment.lengths == (192, 192)
+            assert segment.bases[-1].channels.shape == (2, kept)
+        layer.update(k[:, :, :1], v[:, :, :1])
+        outs.append(layer.attend(q[:, :, 5:6], None, scale=0.25))
+    assert torch.allclose(*outs, atol=0.03 if stored else 1e-5)
+
+
 # latents
 
 

@@ -22,7 +22,7 @@ class Basis(ABC):
 
     @abstractmethod
     def change(self, tokens: KeptTokens) -> KeptTokens:
-        """The tokens in this basis."""
+        """The tokens in this basis, and so the queries that were observed, where the basis has a query side."""
 
     @abstractmethod
     def wrap(self, inner: Segment, tokens: KeptTokens) -> Segment:
@@ -56,7 +56,11 @@ class HeadBasis(Basis):
         """`[..., h, n, Dv]` to `[..., h, n, D]`; of values that were transformed as of outputs made from them."""
 
     def change(self, tokens: KeptTokens) -> KeptTokens:
-        return replace(tokens, keys=_each_head(self.keys, tokens.keys), values=_each_head(self.values, tokens.values))
+        seen = tokens.observation
+        if seen is not None and seen.queries is not None:  # a transform behind this one looks at both
+            seen = replace(seen, queries=turn_queries([self], seen.queries, len(tokens.keys)))
+        keys, values = _each_head(self.keys, tokens.keys), _each_head(self.values, tokens.values)
+        return replace(tokens, keys=keys, values=values, observation=seen)
 
     def wrap(self, inner: Segment, tokens: KeptTokens) -> Segment:
         return TransformedSegment(inner=inner, basis=self)

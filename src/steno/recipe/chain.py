@@ -92,6 +92,12 @@ class Recipe:
                     f"{transform.id} takes RoPE back from the keys as the model made them, and {before.id} changes them: let "
                     f"{transform.id} be the first transform, and the only one of its sort."
                 )
+            first = self.transform[0]  # no other takes RoPE back
+            if Need.QUERIES in transform.needs and Need.ROPE in first.needs:
+                raise RecipeError(
+                    f"{transform.id} chooses by the queries, and {first.id} stores keys from before RoPE, each of which a "
+                    "query meets in another way: use one of them."
+                )
         for transform in self.transform:
             if self.evictor is not None:
                 raise RecipeError(

@@ -25,6 +25,8 @@ from steno.types import PAGE_TOKENS, KeptTokens, Need
 class ThinK:
     """Keys of fewer channels.
 
+    It belongs in front of a rotation, `think | hadamard`: behind one, every channel is used.
+
     Parameters
     ----------
     ratio : float, default 0.4
