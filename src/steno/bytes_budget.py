@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, final
@@ -25,10 +25,11 @@ T = TypeVar("T")
 class LayerRoom:
     """What the tokens of a layer may take of a budget in bytes, `num_bytes`, and what they take at most.
 
-    dense: bytes of a token of one head that is stored as it is; slots: of what an evictor holds beside it. per_page: bytes of a
-    page of one head, None without pages; encoder: what stores tokens where there are none. unit: heads that all keep
-    as many tokens store multiples of it, others of a page or chunk. plain: tokens of each head that a transform
-    leaves as they are, which `num_bytes` counts already. least: the bytes of a budget, all layers, that are never too few.
+    dense: bytes of a token of one head that is stored as it is; beside: those of them that a token takes in a page or chunk
+    too, beside its numbers; slots: of what an evictor holds of it. per_page: bytes of a page of one head, None without
+    pages; encoder: what stores tokens where there are none. unit: heads that all keep as many tokens store multiples of
+    it, others of a page or chunk. plain: tokens of each head that a transform leaves as they are, which `num_bytes` counts
+    already. fixed: bytes of the layer beside all these.
     """
 
     recipe: Recipe
@@ -37,13 +38,14 @@ class LayerRoom:
     num_kv_heads: int
     head_dim: int
     dense: int
+    beside: int
     slots: int
     per_page: int | None
     encoder: SegmentEncoder | None
     unit: int
     plain: int
-    layer_bytes: int
-    least: int
+    num_layers: int
+    fixed: int
 
     @classmethod
     def of(cls, recipe: Recipe, policy: LayerPolicy, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:
@@ -51,7 +53,6 @@ class LayerRoom:
         heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
         layer_bytes = (recipe.budget.bytes or 0) // num_layers
         counts = 4 if recipe.merge is not None and recipe.merge.counts_tokens else 0
-        dense = 2 * dim * size + counts  # one token of one head
         bounds = plain = 0
         fixed = heads * (-(-prompt_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets
         if recipe.access is not None and policy.selector is not None:
@@ -60,6 +61,8 @@ class LayerRoom:
             if Need.TOKEN_TEXT in policy.needs:
                 fixed += 4 * prompt_tokens  # the sentence of each token, once for all layers
             fixed += heads * (once + 4 * 6 * 8 + 5 * 8) + 8  # the rest of the layout
+        beside = bounds + counts
+        dense = 2 * dim * size + beside
         for transform in recipe.transform:
             # a table of spans for each basis, and tokens that stay plain; a narrower basis may leave room
             own = transform.first_tokens + transform.recent_tokens
@@ -74,35 +77,27 @@ class LayerRoom:
             num_tokens=kv.num_tokens,
             num_kv_heads=heads,
             head_dim=dim,
-            dense=dense if encoder is not None else dense + bounds,
+            dense=dense,
+            beside=beside,
             slots=8 if policy.evictor is not None else 0,
-            per_page=None if fmt is None else page_bytes(fmt, dim) + (bounds + counts) * PAGE_TOKENS,
+            per_page=None if fmt is None else page_bytes(fmt, dim) + beside * PAGE_TOKENS,
             encoder=encoder,
             unit=encoder.chunk_tokens if encoder is not None else policy.residual_tokens,
             plain=plain,
-            layer_bytes=layer_bytes,
-            least=num_layers * (fixed + 2 * heads * (dense + bounds + 8)),
+            num_layers=num_layers,
+            fixed=fixed,
         )
 
     def sure_tokens(self) -> int:
-        """The most tokens per head that surely fit, whichever they are; raises BudgetError if that is none."""
-        if self.encoder is not None:
-            tokens = self._encoded_tokens(self.num_kv_heads * (self.unit - 1) * self.dense)
-        elif self.per_page is None:
-            token = self.num_kv_heads * (self.dense + self.slots)
-            tokens = self.num_bytes // token - (1 if self.slots else 0)
-        else:
-            # the worst case: every head holds a dense remainder just below a page or a residual
-            remainder = max(PAGE_TOKENS, self.unit) - 1
-            whole = self.num_bytes - self.num_kv_heads * remainder * self.dense
-            if whole >= self.num_kv_heads * self.per_page:
-                tokens = whole // (self.num_kv_heads * self.per_page) * PAGE_TOKENS
-            else:
-                tokens = min(remainder, self.num_bytes // (self.num_kv_heads * self.dense))
-        if tokens < 1 and self.num_tokens:
+        """The most tokens per head that surely fit, whichever they are; raises BudgetError if a method always keeps more."""
+        tokens = bisect_right(range(1, self.num_bytes + 1), self.num_bytes, key=self._bytes_at_most)
+        score = self.recipe.score
+        least = 1 if score is None else max(1, min(score.min_tokens, self.num_tokens))
+        if tokens < least and self.num_tokens:
+            count = "one token" if score is None or least == 1 else f"the {least} tokens that {score.id} always keeps"
             raise BudgetError(
-                f"a budget of {self.recipe.budget} is {self.layer_bytes} bytes per layer, too little for one token per KV head: "
-                f"it must be at least {self.least} bytes."
+                f"a budget of {self.recipe.budget} is {self.num_bytes + self.fixed} bytes per layer, too little for {count} "
+                f"per KV head: it must be at least {self.num_layers * (self.fixed + self._bytes_at_most(least))} bytes."
             )
         return tokens
 
@@ -131,8 +126,10 @@ class LayerRoom:
         unit = self.unit if len(set(lengths)) == 1 and not is_ragged else self._chunk
         wholes = [max(0, n - self.plain) // unit * unit for n in lengths]
         rest = sum(max(0, n - self.plain - whole) for n, whole in zip(lengths, wholes, strict=True))
+        if not any(wholes):
+            return rest * self.dense
         if self.per_page is None:
-            return self._encoded_bytes(-(-sum(wholes) // len(wholes))) + rest * self.dense
+            return self._stored_bytes(-(-sum(wholes) // len(wholes)), len(wholes)) + rest * self.dense
         return sum(wholes) // PAGE_TOKENS * self.per_page + rest * self.dense
 
     @property
@@ -141,25 +138,34 @@ class LayerRoom:
 
     def _tokens_without_rest(self) -> int:
         if self.per_page is None:
-            return self._encoded_tokens(0)
+            sizes = range(1, self.num_tokens + 1)
+            return bisect_right(sizes, self.num_bytes, key=lambda n: self._stored_bytes(n, self.num_kv_heads))
         return max(0, self.num_bytes) * PAGE_TOKENS // (self.num_kv_heads * self.per_page)
 
-    def _encoded_tokens(self, remainder_bytes: int) -> int:
-        """The most tokens per head that an encoder surely stores beside so many bytes."""
+    def _bytes_at_most(self, tokens: int) -> int:
+        """What so many tokens per head, on average, need in the worst case; never less for more tokens."""
+        heads = self.num_kv_heads
+        if self.per_page is None and self.encoder is None:
+            return heads * (tokens + (1 if self.slots else 0)) * (self.dense + self.slots)
+        # every head holds a dense remainder just below a chunk or a residual
+        unit = max(self._chunk, self.unit)
+        most = self._stored_bytes(tokens, heads) + heads * (unit - 1) * self.dense
+        if tokens >= 2 * unit:
+            return most
+        # a few take no more than if all were dense, or each in the only chunk of its head where that takes more
+        chunk = -(-self._stored_bytes(self._chunk, 1) // self._chunk)
+        return min(most, heads * tokens * max(self.dense, chunk))
 
-        def is_too_much(tokens: int) -> bool:
-            return self._encoded_bytes(tokens) + remainder_bytes > self.num_bytes
-
-        return bisect_left(range(1, self.num_tokens + 1), True, key=is_too_much)
-
-    def _encoded_bytes(self, tokens: int) -> int:
-        """What an encoder needs for so many tokens per head, on average."""
-        assert self.encoder is not None, "asked of a recipe with an encoder"
-        bound = self.encoder.bytes_bound(tokens, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+    def _stored_bytes(self, tokens: int, heads: int) -> int:
+        """What pages or an encoder need for so many tokens per head, on average."""
+        if self.per_page is not None:
+            return -(-tokens // PAGE_TOKENS) * heads * self.per_page
+        assert self.encoder is not None, "asked of a recipe that stores tokens"
+        bound = self.encoder.bytes_bound(tokens, num_kv_heads=heads, head_dim=self.head_dim)
         if bound is None:
             name = self.recipe.quantize.id if self.recipe.quantize is not None else ""
             raise BudgetError(
                 f"{name} cannot say how many bytes it needs, so a budget of {self.recipe.budget} cannot be kept: give "
                 "tokens per KV head (`512`) or a share of the prompt (`20%`)."
             )
-        return bound
+        return bound + tokens * heads * self.beside
