@@ -24,7 +24,7 @@ from steno.cache.policy import (
     Transform,
 )
 from steno.errors import BudgetError
-from steno.methods import METHODS, Evict, Scorer, Uniform
+from steno.methods import METHODS, Evict, Scorer, Uniform, stage_text
 from steno.recipe import WHOLE, Recipe
 from steno.types import LayerKV, Need, Observation, PageFormat
 
@@ -131,9 +131,14 @@ class RecipePolicy:
         least = max(1, score.min_tokens) if score is not None else 1
         if tokens < min(least, num_tokens):
             name = score.id if score is not None else "a cache"
+            # a paper's name stands for stages that have these arguments
+            chain = " | ".join(map(stage_text, self.recipe.stages))
+            where = (
+                "" if name in str(self.recipe) else f", as an argument of {name} in `{chain} @ {self.recipe.budget}`"
+            )
             raise BudgetError(
                 f"a budget of {self.recipe.budget} is {tokens} of {num_tokens} tokens per KV head, but {name} always keeps "
-                f"{least} (sinks and window): raise the budget or lower the method's window."
+                f"{least} (sinks and window): raise the budget or lower the method's window{where}."
             )
 
     def _room(self, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:

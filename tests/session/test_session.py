@@ -155,7 +155,12 @@ def test_bad_options_are_named(load: Callable[..., Any], options: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("snapkv @ 20", "20 of .* always keeps 64"), ("keydiff @ 10B", "too little"), ("kvzip @ 0.2%", "always keeps 4")],
+    [
+        ("snapkv @ 20", r"20 of .* always keeps 64 .* window\.$"),
+        ("chelsea @ 3", r"an argument of recency in `recency\(window=64\) \| chelsea @ 3`"),
+        ("keydiff @ 10B", "too little"),
+        ("kvzip @ 0.2%", "always keeps 4"),
+    ],
 )
 def test_budget_below_what_is_protected(load: Callable[..., Any], recipe: str, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
