@@ -29,7 +29,7 @@ class LayerRoom:
     too, beside its numbers; slots: of what an evictor holds of it. per_page: bytes of a page of one head, None without
     pages; encoder: what stores tokens where there are none. unit: heads that all keep as many tokens store multiples of
     it, others of a page or chunk. plain: tokens of each head that a transform leaves as they are, which `num_bytes` counts
-    already. fixed: bytes of the layer beside all these.
+    already. fixed: bytes of the layer beside all these. excess: tokens per head that layers may keep more on average.
     """
 
     recipe: Recipe
@@ -46,6 +46,7 @@ class LayerRoom:
     plain: int
     num_layers: int
     fixed: int
+    excess: int
 
     @classmethod
     def of(cls, recipe: Recipe, policy: LayerPolicy, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:
@@ -86,6 +87,7 @@ class LayerRoom:
             plain=plain,
             num_layers=num_layers,
             fixed=fixed,
+            excess=num_layers // 2 if recipe.allocate is not None and recipe.allocate.by_layer else 0,
         )
 
     def sure_tokens(self) -> int:
@@ -144,7 +146,7 @@ class LayerRoom:
 
     def _bytes_at_most(self, tokens: int) -> int:
         """What so many tokens per head, on average, need in the worst case; never less for more tokens."""
-        heads = self.num_kv_heads
+        heads, tokens = self.num_kv_heads, tokens + self.excess
         if self.per_page is None and self.encoder is None:
             return heads * (tokens + (1 if self.slots else 0)) * (self.dense + self.slots)
         # every head holds a dense remainder just below a chunk or a residual

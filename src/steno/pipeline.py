@@ -147,7 +147,9 @@ class RecipePolicy:
     def _can_grow(self, kv: LayerKV, observation: Observation) -> bool:
         """Whether a budget in bytes may hold more tokens than surely fit: what stays dense is known when tokens are chosen."""
         stores = self.page_format is not None or self.encoder is not None
-        is_bytes = self.recipe.budget.bytes is not None and self.evictor is None and stores
+        # what one layer leaves, another of its allocator's may have taken
+        apart = self.recipe.allocate is None or not self.recipe.allocate.by_layer
+        is_bytes = self.recipe.budget.bytes is not None and self.evictor is None and stores and apart
         return is_bytes and observation.budget_tokens < kv.num_tokens and observation.positions is None
 
     def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:

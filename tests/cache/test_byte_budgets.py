@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -36,10 +37,12 @@ def codebooks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def held(recipe: str, budget: int, codebooks: str) -> steno.KVCache:
+def held(recipe: str, budget: int, codebooks: str = "", num_layers: int = LAYERS) -> steno.KVCache:
     """Random tokens, all of an image, read under `budget` bytes and found to take no more."""
     recipe = recipe.replace("commvq", f"commvq(weights={codebooks!r})")
-    cache = steno.KVCache(shared("llama").config, f"{recipe} @ {budget}B")
+    config = copy.deepcopy(shared("llama").config)
+    config.num_hidden_layers = num_layers
+    cache = steno.KVCache(config, f"{recipe} @ {budget}B")
     seeded = torch.Generator().manual_seed(0)
     for layer in cache.own_layers:
         layer.reading.image_mask = torch.ones(1, TOKENS, dtype=torch.bool)
@@ -77,6 +80,13 @@ def test_a_budget_that_holds_no_chunk_beside_dense_remainders_is_used(recipe: st
     remainders = LAYERS * HEADS * 63 * 2 * DIM * 4
     assert tokens(held(recipe, remainders // 2, codebooks)) >= 25 * LAYERS * HEADS
     assert tokens(held(recipe, remainders // 3, codebooks)) >= 12 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize("stored", ["", " | int4", " | gear"])
+@pytest.mark.parametrize("budget", [300_000, 600_000])
+def test_layers_that_keep_numbers_of_their_own_fit_together(stored: str, budget: int) -> None:
+    """Whole tokens add up to more than the mean where there are many layers."""
+    held(f"keydiff | pyramidkv{stored}", budget, num_layers=30)
 
 
 def test_the_error_says_which_method_needs_more(codebooks: str) -> None:

@@ -129,6 +129,9 @@ class Allocator(Method, Protocol):
     across_layers: ClassVar[bool]
     """Whether it is shown the scores of all layers at once, as of one layer with L * Hkv heads; all stay dense until then."""
 
+    by_layer: ClassVar[bool]
+    """Whether it gives layers numbers of their own, which together may be up to (L - 1) / 2 tokens a layer above the budget."""
+
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
         """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers."""
 

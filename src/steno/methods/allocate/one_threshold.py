@@ -46,6 +46,7 @@ class OneThreshold:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "Exactly the budget is kept, not the scores strictly above one of them, and of every head at least its best token; for "
         "any scorer; whole pages for every head, with `unit`, are ours."

@@ -56,6 +56,7 @@ class PrefixKV:
     trained: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "The offline variant, profiled on text; the allocation only, for any scorer, whose protected tokens replace the "
         "first 4 and the last; what is kept of the prompt stays while decoding."
