@@ -40,7 +40,8 @@ ERRORS = {Bf16Linear: 0.01, Fp16Linear: 1e-3, Int8Linear: 0.025, Int8WeightLinea
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not multiply bfloat16")
 FORMATS_HERE = [name for name in FORMATS if name != "bf16" or cpu_has_bfloat16()]
-LAYERS_HERE = [kind for kind in ERRORS if {Bf16Linear: cpu_has_bfloat16(), Int8Linear: has_vnni()}.get(kind, True)]
+IS_HERE = {Bf16Linear: cpu_has_bfloat16(), Int8Linear: has_vnni(), Int8WeightLinear: not has_vnni()}
+LAYERS_HERE = [kind for kind in ERRORS if IS_HERE.get(kind, True)]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

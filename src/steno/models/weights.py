@@ -112,8 +112,8 @@ class Int8WeightLinear(nn.Module):
         weight = linear.weight.detach().float()
         self.scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)  # [out]
         codes = (weight / self.scales[:, None]).round_().to(torch.int8)
-        # [out, in and zeros]: the kernel reads 8 or 16 at a time and knows no rest
-        self.padding = -weight.shape[1] % 16
+        # [out, in and zeros]: the kernel reads a register at a time and knows no rest
+        self.padding = -weight.shape[1] % 32
         self.codes = nn.functional.pad(codes, (0, self.padding))
         self.ones = torch.ones_like(self.scales, dtype=torch.bfloat16)
         self.bias = linear.bias
