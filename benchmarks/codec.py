@@ -2,8 +2,8 @@
 
 Reads the Python language reference with the embedded model, saves it at every level and opens it again. Quality is measured
 on the text that follows, against the full cache, token by token; and on numbers planted in other texts of the same length.
-Bytes are those of the whole file, with its header, bases and tables. Speed is of one thread, in
-bytes of the dense cache in bfloat16.
+Bytes are those of the whole file, with its header, bases and tables. Speed is of one thread, in bytes of the dense cache in
+bfloat16.
 zstd and Blosc2 get the keys and values of a layer as [tokens, channels] and as [channels, tokens], whichever is smaller for them.
 LMCache's CacheGen gets the same tensors, in its own environment.
 Needs `stenokv[bench]`. Bytes are the same everywhere; seconds are of this process and this machine.
