@@ -219,10 +219,14 @@ def test_full_and_as_recipe() -> None:
         ("1.5GiB", "bytes", 3 * 2**29),
         ("800kB", "bytes", 800_000),
         ("7B", "bytes", 7),
+        ("12.5% of bytes", "bytes_share", Fraction(1, 8)),
+        ("20%of  bytes", "bytes_share", Fraction(1, 5)),
     ],
 )
 def test_budgets(text: str, field: str, value: object) -> None:
-    assert getattr(Budget.parse(text), field) == value
+    budget = Budget.parse(text)
+    assert getattr(budget, field) == value
+    assert Budget.parse(str(budget)) == budget
 
 
 @pytest.mark.parametrize(
@@ -266,6 +270,8 @@ def test_bad_recipes(text: str, message: str) -> None:
         ("snapkv @ 0%", "above 0%"),
         ("snapkv @ -3", "> 0"),
         ("snapkv @ 120%", "not over 100%; got 120"),
+        ("snapkv @ 120% of bytes", "share of the bytes must be above 0% and not over 100%; got 120"),
+        ("snapkv @ 20% of tokens", "readable"),
         ("snapkv @ 0.2", "never a bare ratio: write 20% or a number of tokens"),
         ("snapkv @ 9 parsecs", "unknown unit 'parsecs'"),
         ("snapkv @", "readable"),
@@ -286,6 +292,8 @@ def test_bad_budgets(text: str, message: str) -> None:
         {"tokens": 1.0},
         {"share": float("nan")},
         {"share": True},
+        {"share": 0.5, "bytes_share": 0.5},
+        {"bytes_share": 0},
         {"bytes": 0},
     ],
 )

@@ -50,9 +50,9 @@ class LayerRoom:
 
     @classmethod
     def of(cls, recipe: Recipe, policy: LayerPolicy, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:
-        """The room of one layer in `recipe.budget.bytes`. prompt_tokens: of the whole prompt."""
+        """The room of one layer in a budget in bytes. prompt_tokens: of the whole prompt."""
         heads, dim, size = kv.num_kv_heads, kv.head_dim, kv.keys.element_size()
-        layer_bytes = (recipe.budget.bytes or 0) // num_layers
+        layer_bytes = recipe.budget.layer_bytes(prompt_tokens * heads * 2 * dim * size, num_layers)
         counts = 4 if recipe.merge is not None and recipe.merge.counts_tokens else 0
         bounds = plain = 0
         fixed = heads * (-(-prompt_tokens // 8) + 4 * 8 * len(Column) + 8)  # bitmap, span table, offsets

@@ -149,7 +149,7 @@ class RecipePolicy:
         stores = self.page_format is not None or self.encoder is not None
         # what one layer leaves, another of its allocator's may have taken
         apart = self.recipe.allocate is None or not self.recipe.allocate.by_layer
-        is_bytes = self.recipe.budget.bytes is not None and self.evictor is None and stores and apart
+        is_bytes = self.recipe.budget.in_bytes and self.evictor is None and stores and apart
         return is_bytes and observation.budget_tokens < kv.num_tokens and observation.positions is None
 
     def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:

@@ -37,12 +37,15 @@ def codebooks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def held(recipe: str, budget: int, codebooks: str = "", num_layers: int = LAYERS) -> steno.KVCache:
-    """Random tokens, all of an image, read under `budget` bytes and found to take no more."""
+FULL_BYTES = LAYERS * HEADS * TOKENS * 2 * DIM * 4
+
+
+def held(recipe: str, budget: int, codebooks: str = "", num_layers: int = LAYERS, text: str = "") -> steno.KVCache:
+    """Random tokens, all of an image, read under `budget` bytes and found to take no more. text: of the budget."""
     recipe = recipe.replace("commvq", f"commvq(weights={codebooks!r})")
     config = copy.deepcopy(shared("llama").config)
     config.num_hidden_layers = num_layers
-    cache = steno.KVCache(config, f"{recipe} @ {budget}B")
+    cache = steno.KVCache(config, f"{recipe} @ {text or f'{budget}B'}")
     seeded = torch.Generator().manual_seed(0)
     for layer in cache.own_layers:
         layer.reading.image_mask = torch.ones(1, TOKENS, dtype=torch.bool)
@@ -80,6 +83,15 @@ def test_a_budget_that_holds_no_chunk_beside_dense_remainders_is_used(recipe: st
     remainders = LAYERS * HEADS * 63 * 2 * DIM * 4
     assert tokens(held(recipe, remainders // 2, codebooks)) >= 25 * LAYERS * HEADS
     assert tokens(held(recipe, remainders // 3, codebooks)) >= 12 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize("recipe", ["keydiff", "tova", "keydiff | adakv | int4", "keydiff | gear", "shorthand"])
+@pytest.mark.parametrize("percent", [50, 25])
+def test_a_share_of_the_bytes_is_that_many_bytes(recipe: str, percent: int) -> None:
+    budget = FULL_BYTES * percent // 100
+    one, other = held(recipe, budget), held(recipe, budget, text=f"{percent}% of bytes")
+    assert other.held_tokens() == one.held_tokens()
+    assert other.kv_bytes == one.kv_bytes
 
 
 @pytest.mark.parametrize("stored", ["", " | int4", " | gear"])

@@ -28,4 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_row(method["kind"], method["id"], method["title"], str(method["year"]), method["arxiv"], frees)
     Console().print(table)
     print("\nA recipe is a chain of them and one budget: snapkv(window=64) | adakv | kivi(bits=2) @ 20%")
+    print(
+        "A budget is tokens per KV head (512), a share of the prompt (20%), bytes (64MiB), or a share of the bytes that the"
+    )
+    print("prompt takes in a full cache (20% of bytes).")
     return 0
