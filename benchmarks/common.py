@@ -18,9 +18,13 @@ Row = dict[str, Any]
 
 
 def cpu_name() -> str:
-    """The processor as the system names it."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor as the system names it, with its generation where a virtual machine leaves the name without a number."""
+    pairs = [line.split(":", 1) for line in _lines("/proc/cpuinfo") if ":" in line]
+    told = {name.strip(): value.strip() for name, value in reversed(pairs)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in told and not any(character.isdigit() for character in name):
+        name += f" (family {told['cpu family']}, model {told['model']})"
+    return name
 
 
 def today() -> str:

@@ -58,7 +58,8 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
         f"at {contexts} tokens, the KL divergence in nats a token and the top-1 agreement on text that goes on, both against "
         "the full cache; below: bits held per number of the full cache, the share of its bytes, and milliseconds of a decode "
         "step. Bytes and milliseconds are those at the greatest length; the machine may have been busy. A budget is a share of "
-        f"the tokens; `{DASH}`: not measured, or refused. Intervals and single tasks: [results.md](results.md)."
+        f"the tokens, or of the bytes where it says so; `{DASH}`: not measured, or refused. Intervals and single tasks: "
+        "[results.md](results.md)."
     )
     yield (
         "*Compression*: seconds that scoring, choosing and packing a prompt of 4,096 tokens took, of all layers (measured over "
@@ -84,10 +85,12 @@ def method_lines(
     name = [str(method["kind"]), f"`{method['id']}`"]
     if not mine:
         yield [*name, DASH, *about, *[DASH] * (len(BUDGETS) + 3)]
-    for form, group in groupby(mine, key=lambda entry: entry.form):
+    for form, entries_of in groupby(mine, key=lambda entry: entry.form):
+        group = list(entries_of)
         cells = {entry.budget: cell(entry, found) for entry in group}
         measured = [cells.get(budget, DASH) for budget in (*BUDGETS, None)]
-        yield [*name, f"`{form}`", *about, *measured, *prefill_cells(by_form.get(form))]
+        text = f"`{form}`" + (", of bytes" if any(entry.of_bytes for entry in group) else "")
+        yield [*name, text, *about, *measured, *prefill_cells(by_form.get(form))]
 
 
 def prefill_cells(row: Mapping[str, Any] | None) -> list[str]:

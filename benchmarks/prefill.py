@@ -46,7 +46,9 @@ WARM_UP_TOKENS = 512
 
 def default_recipes() -> list[str]:
     """What docs/results.md measures of every method, at its middle budget; of methods that replay, one."""
-    recipes = [entry.text for entry in entries()[0] if not entry.is_peer and entry.budget in (None, MIDDLE)]
+    recipes = [
+        entry.text for entry in entries()[0] if not (entry.is_peer or entry.of_bytes) and entry.budget in (None, MIDDLE)
+    ]
     replays = [recipe for recipe in recipes if Need.REPLAY in parse_recipe(recipe).needs]
     return [recipe for recipe in recipes if recipe not in replays[1:]]
 

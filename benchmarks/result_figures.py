@@ -8,16 +8,18 @@ from typing import Any
 
 import altair as alt
 import vl_convert
+from benchmarks.result_recipes import Entry
+from benchmarks.result_summary import Summary
 
 OURS, PEERS, FULL = "Steno", "peers", "full cache"
 COLORS = alt.Scale(domain=[FULL, OURS, PEERS], range=["#333333", "#4c78a8", "#e45756"])
 
 
-def who(entry: Any) -> str:
+def who(entry: Entry) -> str:
     return FULL if entry.text == "full" else PEERS if entry.is_peer else OURS
 
 
-def draw_recipes(summaries: Sequence[Any], path: Path) -> None:
+def draw_recipes(summaries: Sequence[Summary], path: Path) -> None:
     """A line for each recipe: its score with the interval, and what it holds."""
     data = alt.Data(
         values=[
@@ -48,22 +50,22 @@ def draw_recipes(summaries: Sequence[Any], path: Path) -> None:
     _save(alt.hconcat(score, held), path)
 
 
-def draw_budgets(points: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_budgets(points: Sequence[tuple[Entry, int, Summary]], path: Path) -> None:
     """Score over what is held, a panel for each method, a line for each length."""
     data = alt.Data(
         values=[
             {
-                "method": p["method"], "context": f"{p['context']} tokens", "share": p["summary"].share,
-                "score": p["summary"].score.value, "low": p["summary"].score.low, "high": p["summary"].score.high,
+                "method": entry.form, "context": f"{context} tokens", "share": summary.share,
+                "score": summary.score.value, "low": summary.score.low, "high": summary.score.high,
             }
-            for p in points
+            for entry, context, summary in points
         ]
     )  # fmt: skip
     x = alt.X("share:Q", title="held, of full", scale=alt.Scale(type="log", nice=False, padding=8),
               axis=alt.Axis(format=".0%", tickCount=3, labelOverlap=True))  # fmt: skip
     color = alt.Color(
         "context:N",
-        sort=list(dict.fromkeys(f"{p['context']} tokens" for p in points)),
+        sort=list(dict.fromkeys(f"{context} tokens" for _, context, _ in points)),
         legend=alt.Legend(title=None, orient="top"),
     )
     scale = alt.Scale(domain=[0, 1])
@@ -74,7 +76,7 @@ def draw_budgets(points: Sequence[dict[str, Any]], path: Path) -> None:
         base.mark_rule(opacity=0.6).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"),
         data=data,
     ).properties(width=150, height=90)
-    order = list(dict.fromkeys(p["method"] for p in points))
+    order = list(dict.fromkeys(entry.form for entry, _, _ in points))
     _save(chart.facet(facet=alt.Facet("method:N", title=None, sort=order), columns=4), path)
 
 

@@ -28,24 +28,26 @@ TASKS = NEEDLES | TEXT
 AT_ALL_BUDGETS = ("niah", "perplexity")
 """Tasks that are measured at the other budgets too."""
 
+AT_BYTES = "kvzip | one_threshold(unit=64) | {id} @ {budget} of bytes"
 BY_KIND = {
-    "propagate": "{id} | snapkv @ {budget}",
-    "score": "{id} @ {budget}",
-    "allocate": "snapkv | {id} @ {budget}",
-    "merge": "snapkv | {id} @ {budget}",
-    "transform": "{id} | int4",
-    "share": "{id}",
-    "quantize": "{id}",
-    "access": "{id}",
+    "propagate": ("{id} | snapkv @ {budget}",),
+    "score": ("{id} @ {budget}",),
+    "allocate": ("snapkv | {id} @ {budget}",),
+    "merge": ("snapkv | {id} @ {budget}",),
+    "transform": ("{id} | int4", "kvzip | one_threshold(unit=64) | {id} | int4 @ {budget} of bytes"),
+    "share": ("{id}", "kvzip | {id} @ {budget} of bytes"),
+    "quantize": ("{id}", AT_BYTES),
+    "access": ("{id}", AT_BYTES),
 }
-"""The recipe that shows a method of each kind: what chooses among scores stands behind snapkv, a basis before int4."""
+"""The recipes that show a method of each kind: what chooses among scores stands behind snapkv, a basis before int4, and what
+has a size of its own alone, then behind the choice that makes it as small as the budget."""
 FORMS = {
     "uniform": (),  # the default
     "evict": (),  # the default
     "all": (),  # the default
     "adakv": ("kvzip | adakv @ {budget}", "snapkv | adakv @ {budget}"),
     "one_threshold": ("kvzip | one_threshold @ {budget}", "snapkv | one_threshold @ {budget}"),
-    "kivi": ("kivi(bits=4)", "kivi(bits=2)", "kvzip | adakv | kivi(bits=4) @ {budget}"),
+    "kivi": ("kivi(bits=4)", "kivi(bits=2)", "kvzip | adakv | kivi(bits=4) @ {budget}", AT_BYTES),
 }
 """Methods whose form is another one, or several, or none."""
 WHOLE_PAPER = "{id} @ {budget}"
@@ -65,9 +67,14 @@ class Entry:
     shows: tuple[str, str] | None = None
 
     @property
+    def of_bytes(self) -> bool:
+        """Whether the budget is a share of the bytes instead of the tokens."""
+        return self.text.endswith("% of bytes")
+
+    @property
     def form(self) -> str:
         """The text without its budget."""
-        return self.text if self.budget is None else self.text.removesuffix(f"@ {self.budget}").rstrip()
+        return self.text if self.budget is None else self.text.rpartition("@")[0].rstrip()
 
 
 def entries() -> tuple[list[Entry], dict[str, str]]:
@@ -81,7 +88,7 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
         if Need.IMAGE_MASK in method.needs:
             left_out[name] = "it looks at images, and the model takes none"
             continue
-        for form in FORMS.get(name, (BY_KIND[method.kind],)):
+        for form in FORMS.get(name, BY_KIND[method.kind]):
             try:
                 found += _at_budgets(form, (method.kind, name))
             except RecipeError as error:
@@ -110,5 +117,6 @@ def _peers() -> Iterator[Entry]:
 
 
 def wanted(task: str) -> list[Entry]:
-    """What is measured on a task."""
-    return [e for e in entries()[0] if e.budget in (None, MIDDLE) or task in AT_ALL_BUDGETS]
+    """What is measured on a task: shares of the bytes on those of all budgets alone."""
+    known = entries()[0]
+    return known if task in AT_ALL_BUDGETS else [e for e in known if e.budget in (None, MIDDLE) and not e.of_bytes]

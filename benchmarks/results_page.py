@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # as in the other scripts: nothing in this folder is to pass for an installed package
@@ -18,7 +17,7 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != H
 
 from benchmarks.common import notice
 from benchmarks.result_figures import draw_budgets, draw_recipes
-from benchmarks.result_recipes import AT_ALL_BUDGETS, BUDGETS, CONTEXTS, MIDDLE, NEEDLES, TASKS, Entry, entries
+from benchmarks.result_recipes import AT_ALL_BUDGETS, BUDGETS, CONTEXTS, MIDDLE, NEEDLES, TASKS, Entry, entries, wanted
 from benchmarks.result_summary import DASH, Summary, latest, pooled, table
 
 from steno.bench.rows import Row, read_rows
@@ -75,7 +74,7 @@ def by_length(
         tasks = [task for task in TASKS if any((e.text, task, context) in found for e in known)]
         if not any(task in NEEDLES for task in tasks):
             continue
-        middle = [entry for entry in known if entry.budget in (None, MIDDLE)]
+        middle = [entry for entry in known if entry.budget in (None, MIDDLE) and not entry.of_bytes]
         every = [s for entry in middle if (s := pooled(found, entry, tasks, context)) is not None]
         if not every:
             continue
@@ -90,31 +89,42 @@ def by_length(
 def by_budget(
     found: dict[tuple[str, str, int], Row], known: Sequence[Entry], link: str, figures: Path
 ) -> Iterator[str]:
-    """Score of each method at each budget, all lengths together."""
-    points: list[dict[str, Any]] = []
-    for context in CONTEXTS:
-        for entry in known:
-            summary = pooled(found, entry, AT_ALL_BUDGETS, context) if entry.budget else None
-            if summary is not None and entry.budget is not None:
-                method = entry.text.replace(entry.budget, "").rstrip(" @")
-                points.append({"method": method, "budget": entry.budget, "context": context, "summary": summary})
-    if not points:
-        return
-    yield "## Three budgets"
-    needles = [task for task in AT_ALL_BUDGETS if task in NEEDLES]
-    yield f"Score and interval on {' and '.join(f'`{t}`' for t in needles)}; `{DASH}`: not measured, or refused."
-    draw_budgets(points, figures / "results-budgets.svg")
-    yield f"![Scores at three budgets]({link}/results-budgets.svg)"
-    places = {(p["method"], p["context"], p["budget"]): p["summary"].score for p in points}
-    lines = []
-    for method in dict.fromkeys(p["method"] for p in points):
-        line = [f"`{method}`"]
-        for context in CONTEXTS:
-            for budget in BUDGETS:
-                score = places.get((method, context, budget))
-                line.append(DASH if score is None else f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})")
-        lines.append(line)
-    yield table(["method", *(f"{budget} of {context:,}" for context in CONTEXTS for budget in BUDGETS)], lines)
+    """Score of each method at each budget, all lengths together: shares of the tokens, then of the bytes."""
+    needles = " and ".join(f"`{task}`" for task in AT_ALL_BUDGETS if task in NEEDLES)
+    heads = {
+        False: ("Three budgets", "A budget is a share of the tokens."),
+        True: (
+            "Three budgets in bytes",
+            "A budget is a share of the bytes of the full cache, of which a method holds as many tokens as surely fit, all where "
+            "they do; bases and indexes count, and with few tokens they leave little, or no, room for them.",
+        ),
+    }
+    for of_bytes, (head, about) in heads.items():
+        points = [
+            (entry, context, summary)
+            for context in CONTEXTS
+            for entry in known
+            if entry.budget is not None and entry.of_bytes == of_bytes
+            if (summary := pooled(found, entry, AT_ALL_BUDGETS, context)) is not None
+        ]
+        if not points:
+            continue
+        yield f"## {head}"
+        yield f"{about} Score and interval on {needles}, and KL; `{DASH}`: not measured, or refused."
+        name = f"results-budgets{'-bytes' if of_bytes else ''}.svg"
+        draw_budgets(points, figures / name)
+        yield f"![Scores at three budgets]({link}/{name})"
+        places = {(e.form, context, e.budget): budget_cell(summary) for e, context, summary in points}
+        cols = [(context, budget) for context in CONTEXTS for budget in BUDGETS]
+        forms = dict.fromkeys(e.form for e, _, _ in points)
+        lines = [[f"`{form}`", *(places.get((form, *col), DASH) for col in cols)] for form in forms]
+        yield table(["method", *(f"{budget} of {context:,}" for context, budget in cols)], lines)
+
+
+def budget_cell(summary: Summary) -> str:
+    score = summary.score
+    drift = "" if summary.kl is None else f"<br>KL {summary.kl:.3f}"
+    return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f}){drift}"
 
 
 def by_task(found: dict[tuple[str, str, int], Row], known: Sequence[Entry]) -> Iterator[str]:
@@ -161,9 +171,7 @@ def measured(rows: Sequence[Row], known: Sequence[Entry], left_out: dict[str, st
 def page(rows: Sequence[Row], link: str, figures: Path) -> str:
     known, left_out = entries()
     found = latest(rows)
-    num_all = sum(
-        len(CONTEXTS) for task in TASKS for e in known if e.budget in (None, MIDDLE) or task in AT_ALL_BUDGETS
-    )
+    num_all = len(CONTEXTS) * sum(len(wanted(task)) for task in TASKS)
     blocks = [
         "# Results: what a recipe costs and what it loses",
         "Written by `make results` from `benchmarks/results/bench-*.jsonl`; `make results-rows` measures the rows, with the "

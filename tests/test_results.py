@@ -85,7 +85,8 @@ def test_the_measured_methods() -> None:
                     decode_ms_per_token=30.0 + context / 1024)
         for name, scores, kl, bits in (
             ("full", [1.0, 1.0], 0.0, 16.0), ("snapkv @ 25%", [0.0, 1.0], 0.25, 4.0), ("snapkv @ 12.5%", [0.0, 0.0], 0.5, 2.0),
-            ("int4", [1.0, 1.0], 0.01, 4.5), ("ems @ 50%", [1.0, 0.0], 0.1, 8.0), ("fastkv | snapkv @ 50%", [1.0, 0.0], 0.1, 8.0),
+            ("int4", [1.0, 1.0], 0.01, 4.5), ("kvzip | one_threshold(unit=64) | int4 @ 12.5% of bytes", [1.0, 1.0], 0.02, 2.0),
+            ("ems @ 50%", [1.0, 0.0], 0.1, 8.0), ("fastkv | snapkv @ 50%", [1.0, 0.0], 0.1, 8.0),
         )
         for task in recipes.TASKS
         for context in recipes.CONTEXTS
@@ -111,7 +112,9 @@ def test_the_measured_methods() -> None:
     assert table["propagate", "`fastkv`", "`fastkv | snapkv`"][3] != "-"
     assert table["recipe", "`fastkv`", "`fastkv`"][3] == "-"
     assert table["merge", "`evict`", "-"][3:] == ["-"] * 6
-    assert len([1 for _, name, _ in table if name == "`kivi`"]) == 3
+    assert len([1 for _, name, _ in table if name == "`kivi`"]) == 4
+    at_bytes = table["quantize", "`int4`", f"`{recipes.AT_BYTES.partition(' @ ')[0].format(id='int4')}`, of bytes"]
+    assert at_bytes[3:] == ["-", "-", f"1.00, KL 0.020, 90%<br>2.00 bits, {share}%, 31 ms", "-", "-", "-"]
 
 
 def test_numbers_that_are_not_there_are_dashes() -> None:
