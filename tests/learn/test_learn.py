@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,36 @@ def test_training_resumes_as_if_never_interrupted(tmp_path: Path, monkeypatch: p
     place.write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="not a readable safetensors file"):
         learn(place)
+
+
+@pytest.mark.parametrize(("method", "part"), [("commvq", "fit_rows"), ("kvquant", "_fit")])
+def test_calibration_resumes_behind_the_layers_that_it_has(
+    method: str, part: str, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(LEARNERS[method].module)
+    fit, calls = getattr(module, part), [0]
+
+    def breaks_off(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 2:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    whole, place = tmp_path / "whole", tmp_path / "resumed"
+    words = ["calibrate", method, "--model", str(folder), "--data", str(data), "--out"]
+    assert run([*words, str(whole)]) == 0
+    monkeypatch.setattr(module, part, breaks_off)
+    assert run([*words, str(place)]) == 130
+    assert not place.exists()
+    assert run([*words, str(place), "--resume", "--seed", "1"]) == 2  # of another run
+    calls[0] = -100
+    assert run([*words, str(place), "--resume"]) == 0
+    resumed, calls[0] = calls[0] + 100, -100
+    first, second = load_file(whole), load_file(place)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(p.name for p in tmp_path.iterdir() if p != data) == ["resumed", "whole"]
+    assert run([*words, str(place)]) == 0
+    assert 0 < resumed < calls[0] + 100
 
 
 def test_a_folder_that_is_not_there_is_told_before_anything_is_learned(

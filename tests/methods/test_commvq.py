@@ -13,7 +13,7 @@ from steno.cache.accounting import held_bytes
 from steno.calibration import save_calibration
 from steno.errors import CalibrationError
 from steno.kernels.quant.packing import code_bytes
-from steno.learn.commvq import best_centres, fit_centres, fit_rows
+from steno.learn.commvq import best_centres, draw_centres, fit_centres, fit_rows
 from steno.methods.quantize.commvq import (
     CENTRES,
     CommVQ,
@@ -49,11 +49,15 @@ def tokens_of(keys: torch.Tensor, values: torch.Tensor, **options: Any) -> KeptT
     return KeptTokens(keys=[keys], values=[values], positions=[where], layer_idx=0, num_layers=1, **options)
 
 
+def drawn(num_tokens: int) -> torch.Tensor:
+    return draw_centres(1, 1, num_tokens, DIM, torch.Generator().manual_seed(0))[0, 0]
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Codebooks of one layer and head, fitted to vectors that are alike."""
     keys, values = alike(2048), alike(2048, seed=1)
-    tensors = {"key_centres": fit_centres(keys, torch.Generator().manual_seed(0))}
+    tensors = {"key_centres": fit_centres(keys, drawn(len(keys)))}
     tensors |= {f"value_rows_{bits}": fit_rows(values[None], bits)[0] for bits in (2, 1)}
     path = tmp_path_factory.mktemp("commvq") / "fitted"
     save_calibration(path, {name: x[None, None].half() for name, x in tensors.items()}, {})
@@ -104,7 +108,7 @@ def test_k_means_has_the_least_squares_for_its_codes() -> None:
 
 def test_each_stage_takes_something_away() -> None:
     x = alike(1024)
-    centres = fit_centres(x, torch.Generator().manual_seed(0))
+    centres = fit_centres(x, drawn(len(x)))
     assert centres.shape == (num_stages(DIM, 2), CENTRES, DIM)
     new = alike(300, seed=9)
     errors = []
@@ -113,7 +117,7 @@ def test_each_stage_takes_something_away() -> None:
         errors.append(float(rest.square().mean()))
     assert all(b < a for a, b in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 0.25 * errors[0]
-    again = fit_centres(x, torch.Generator().manual_seed(0))
+    again = fit_centres(x, drawn(len(x)))
     assert torch.equal(centres, again)
 
 

@@ -2,7 +2,8 @@
 
 The result lies where recipes look for it, or in --out FILE, to be named as `METHOD(weights='FILE')` or, for methods that
 can do without, `METHOD(statistics='FILE')`. Without --data it reads the Python language reference; razorattention reads
-random tokens.
+random tokens. An interrupted run goes on with --resume: commvq and kvquant, which take minutes, keep each layer that they
+have fitted; the others take so little that they begin anew.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of every random draw (default: %(default)s)")
     if command == "train":
         parser.add_argument("--steps", metavar="N", type=int, help="one passage each (default: the method's own)")
-        parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
-    parser.set_defaults(steps=None, resume=False)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    parser.set_defaults(steps=None)
 
 
 def _learner_id(text: str, command: Command) -> str:
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         "steps": str(steps),
         "steno": VERSION,
     }
-    checkpoint = out.with_name(out.name + ".checkpoint") if learner.command == "train" else None
-    if checkpoint is not None and not arguments.resume:
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    if not arguments.resume:
         checkpoint.unlink(missing_ok=True)
     with progress_bar() as progress:
         options = Options(
@@ -83,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         tensors = import_module(learner.module).learn(lm, text, options)
     save_calibration(out, tensors, about)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     print(f"wrote {out}: {learner.what} of {lm.name}, learned from {what}", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from steno.learn.checkpoint import by_layer
 from steno.learn.gather import look
 from steno.learn.options import Options
 from steno.learn.pieces import pieces
@@ -25,33 +26,38 @@ def learn(lm: LanguageModel, text: str, options: Options) -> Mapping[str, Tensor
     parts = pieces(lm, text, count=PIECES, size=PIECE_TOKENS, seed=options.seed)
     keys, values = [], []
     for number, tokens in enumerate(parts):
-        options.report("reading", number, len(parts))
+        options.report("reading", number, len(parts) + lm.model.config.num_hidden_layers)
         seen = look(lm, tokens, Need.PRE_ROPE_KEYS)
         keys.append(torch.stack([obs.pre_rope_keys for _, obs in seen if obs.pre_rope_keys is not None]))
         values.append(torch.stack([kv.values for kv, _ in seen]))
     directions = [_directions(torch.cat(x, dim=2)) for x in (keys, values)]  # [L, Hkv, n, D]
-    generator = torch.Generator().manual_seed(options.seed)
-    total, found = len(directions[0]), []
-    for layer_idx, (k, v) in enumerate(zip(*directions, strict=True)):
-        options.report("fitting", layer_idx, total)
-        layer = {"key_centres": torch.stack([fit_centres(head, generator) for head in k])}
-        found.append(
-            layer | {f"value_rows_{bits}": fit_rows(v[:, :: -(-v.shape[1] // VALUE_TOKENS)], bits) for bits in BITS}
-        )
-    options.report("fitting", total, total)
-    return {name: torch.stack([layer[name] for layer in found]).half().cpu() for name in found[0]}
+    layers = list(zip(*directions, strict=True))
+    heads, num_tokens, dim = directions[0].shape[1:]
+    drawn = draw_centres(len(layers), heads, num_tokens, dim, torch.Generator().manual_seed(options.seed))
+
+    def fit(layer_idx: int) -> dict[str, Tensor]:
+        k, v = layers[layer_idx]
+        few = v[:, :: -(-v.shape[1] // VALUE_TOKENS)]
+        centres = [fit_centres(head, places) for head, places in zip(k, drawn[layer_idx], strict=True)]
+        return {"key_centres": torch.stack(centres)} | {f"value_rows_{bits}": fit_rows(few, bits) for bits in BITS}
+
+    return {name: x.half() for name, x in by_layer(len(layers), fit, options, before=len(parts)).items()}
 
 
 def _directions(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
-def fit_centres(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Centres `[R, 64, D]` for x `[n, D]`, of a stage for what those before it leave."""
+def draw_centres(layers: int, heads: int, num_tokens: int, dim: int, generator: torch.Generator) -> Tensor:
+    """The tokens `[L, Hkv, R, 64]` that k-means begins with: all at once, so that they are the same after an interruption."""
+    return torch.randint(num_tokens, (layers, heads, num_stages(dim, 2), CENTRES), generator=generator)
+
+
+def fit_centres(x: Tensor, drawn: Tensor) -> Tensor:
+    """Centres `[R, 64, D]` for x `[n, D]`, of a stage for what those before it leave, begun with tokens `drawn` `[R, 64]`."""
     stages = []
-    for _ in range(num_stages(x.shape[1], 2)):
-        drawn = torch.randint(len(x), (CENTRES,), generator=generator)
-        centres = x[drawn.to(x.device)] / 2**0.5  # a codeword is the sum of two
+    for places in drawn:
+        centres = x[places.to(x.device)] / 2**0.5  # a codeword is the sum of two
         for _ in range(KEY_STEPS):
             centres = best_centres(x, nearest_codewords(x, centres), centres)
         stages.append(centres)

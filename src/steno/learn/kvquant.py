@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from steno.learn.checkpoint import by_layer
 from steno.learn.gather import look
 from steno.learn.options import Options
 from steno.learn.pieces import pieces
@@ -49,16 +50,18 @@ class _Tap(DynamicCache):
 def learn(lm: LanguageModel, text: str, options: Options) -> Mapping[str, Tensor]:
     """What `TENSORS` of the method names, thresholds fp16 and codebooks fp32."""
     parts = pieces(lm, text, count=PIECES, size=PIECE_TOKENS, seed=options.seed)
-    total = len(parts) + 1
     ropes = [obs.rope for _, obs in look(lm, parts[0][:1], Need.ROPE)]
     gathered: list[list[tuple[Tensor, ...]]] = []
     for number, tokens in enumerate(parts):
-        options.report("reading", number, total)
+        options.report("reading", number, len(parts) + len(ropes))
         gathered.append([_plain(*x, rope) for x, rope in zip(gradients(lm, tokens), ropes, strict=True)])
-    options.report("fitting", len(parts), total)
-    fitted = [_fit([torch.cat(x, dim=1) for x in zip(*layer, strict=True)]) for layer in zip(*gathered, strict=True)]
-    options.report("fitting", total, total)
-    return {name: torch.stack([layer[name] for layer in fitted]) for name in fitted[0]}
+    layers = list(zip(*gathered, strict=True))
+
+    def fit(layer_idx: int) -> dict[str, Tensor]:
+        return _fit([torch.cat(x, dim=1) for x in zip(*layers[layer_idx], strict=True)])
+
+    found = by_layer(len(layers), fit, options, before=len(parts))
+    return {name: x.half() if name in ("key_low", "key_high") else x for name, x in found.items()}
 
 
 def gradients(lm: LanguageModel, tokens: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -100,7 +103,7 @@ def _fit(layer: list[Tensor]) -> dict[str, Tensor]:
     at = TAILS.index(OUTLIERS / 2)
     ranges, offsets = (high - low)[..., at] / 2, (high + low)[..., at] / 2  # [Hkv, D]
     normal = (keys - offsets[:, None]) / ranges.clamp(min=1e-6)[:, None]
-    found = {"key_low": low.cpu().half(), "key_high": high.cpu().half()}
+    found = {"key_low": low.half(), "key_high": high.half()}
     framed = [value_frame(v, OUTLIERS) for v in values]
     scaled = torch.stack(
         [(v - middle[:, None]) / scale[:, None] for v, (_, scale, middle) in zip(values, framed, strict=True)]

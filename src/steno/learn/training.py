@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from steno.calibration import load_calibration, save_calibration
 from steno.errors import CalibrationError
+from steno.learn import checkpoint
 from steno.learn.options import Options
 
 SAVE_EVERY = 20
@@ -45,43 +43,31 @@ def train(
         torch.nn.utils.clip_grad_value_(tensors.values(), 0.5)
         optimizer.step()
         if options.checkpoint is not None and (step + 1) % SAVE_EVERY == 0 and step + 1 < options.steps:
-            _save(options.checkpoint, tensors, optimizer, step + 1, options.identity)
+            checkpoint.write(options.checkpoint, _state(tensors, optimizer), step + 1, options.identity)
     options.report("training", options.steps, options.steps)
     return {name: tensor.detach().half() for name, tensor in tensors.items()}
 
 
-def _save(
-    place: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, done: int, identity: str
-) -> None:
+def _state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         state |= {f"{name}.{moment}": optimizer.state[tensor][moment] for moment in MOMENTS}
-    save_calibration(place, state, {"done": str(done), "identity": identity})
+    return state
 
 
 def _restore(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, options: Options) -> int:
     """Steps that a checkpoint has done; tensors and optimizer are as it left them."""
-    if options.checkpoint is None or not options.checkpoint.exists():
+    done, state = checkpoint.read(options, options.steps)
+    if not done:
         return 0
-    names = tuple(name + suffix for name in tensors for suffix in ("", *(f".{moment}" for moment in MOMENTS)))
-    state = load_calibration(options.checkpoint, names)
-    try:
-        with safe_open(options.checkpoint, framework="pt") as file:
-            about = file.metadata() or {}
-        done = int(about["done"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        raise CalibrationError(f"{options.checkpoint} is not a checkpoint of ours; start without --resume.") from None
-    if about.get("identity") != options.identity or not 0 < done < options.steps:
-        raise CalibrationError(
-            f"{options.checkpoint} is the checkpoint of another run; start without --resume, or with its arguments."
-        )
     for name, tensor in tensors.items():
-        if state[name].shape != tensor.shape:
+        moments = {moment: state.get(f"{name}.{moment}") for moment in MOMENTS}
+        if any(x is None or x.shape != tensor.shape for x in (state.get(name), *moments.values())):
             raise CalibrationError(f"{options.checkpoint} does not fit this model; start without --resume.")
         with torch.no_grad():
             tensor.copy_(state[name])
         optimizer.state[tensor] = {
             "step": torch.tensor(float(done)),
-            **{moment: state[f"{name}.{moment}"].to(tensor.device).clone() for moment in MOMENTS},
+            **{moment: x.to(tensor.device).clone() for moment, x in moments.items() if x is not None},
         }
     return done
