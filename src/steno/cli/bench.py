@@ -8,7 +8,7 @@ niah_multivalue, niah_multiquery, vt, cwe, fwe; groups: ruler, all; your own: js
 {"context", "question", "answers"}, longbench:FILE, perplexity:FILE (text), qa_1:FILE and qa_2:FILE (SQuAD format).
 
 peers, other projects' caches on the same instances (`make peers` in a checkout installs them): transformers:dynamic,
-transformers:quanto4, quanto2, hqq4, hqq2; kvpress:METHOD@SHARE, e.g. kvpress:snapkv@25%%.
+transformers:quanto4, quanto2, hqq4, hqq2; kvpress:METHOD@SHARE, e.g. kvpress:snapkv@25%.
 """
 
 from __future__ import annotations
