@@ -108,10 +108,13 @@ def check_reader(reader: Reader, num_tokens: int, **kwargs: object) -> None:
 def check_allocator(
     allocator: Allocator, scores: Tensor, *, budget: int, layer_idx: int = 0, num_layers: int = 4
 ) -> Tensor:
-    """Whole counts of at most S; protected tokens fit whenever the budget holds them; the input is not changed."""
+    """Whole counts of at most S; protected tokens fit whenever the budget holds them; input unchanged, the same twice."""
     before = scores.clone()
-    counts = allocator.allocate(scores, budget_tokens=budget, layer_idx=layer_idx, num_layers=num_layers)
+    counts, again = (
+        allocator.allocate(scores, budget_tokens=budget, layer_idx=layer_idx, num_layers=num_layers) for _ in range(2)
+    )
     assert torch.equal(scores, before)
+    assert torch.equal(counts, again)
     assert counts.shape == scores.shape[:1]
     assert counts.dtype == torch.int64
     assert (counts >= 0).all()

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from random_layers import make_layer, tensors
+from torch import Tensor
 
 from steno.cache.accounting import held_bytes, tensors_of
 from steno.cache.segment import DenseSegment, Segment
@@ -202,14 +203,17 @@ def check_encoder(
 
 
 def check_access(access: Access, dim: int) -> None:
-    """An index of any number of tokens of `dim` numbers has whole items, within the bytes it claims; its input is unchanged."""
+    """An index of any number of tokens of `dim` numbers has whole items, within its bytes; input unchanged, the same twice."""
     for num_tokens in (0, 1, 63, 64, 65, 130):
         keys, sentences = torch.randn(num_tokens, dim), torch.arange(num_tokens) // 5
-        fixed = access.fix([keys], 1, 4) if access.summarizes else None
-        assert fixed is None or fixed.shape[0] == 1
         before = keys.clone()
-        items = access.summarize(keys, None if fixed is None else fixed[0], sentences)
+        fixed, fixed_again = (access.fix([keys], 1, 4) if access.summarizes else None for _ in range(2))
+        assert fixed is None or fixed.shape[0] == 1
+        assert is_same(fixed, fixed_again)
+        items, again = (access.summarize(keys, None if fixed is None else fixed[0], sentences) for _ in range(2))
         assert torch.equal(keys, before)
+        assert torch.equal(items.vectors, again.vectors)
+        assert is_same(items.lengths, again.lengths)
         assert items.vectors.ndim == 2
         assert len(items.vectors) <= num_tokens
         assert torch.isfinite(items.vectors).all()
@@ -221,3 +225,8 @@ def check_access(access: Access, dim: int) -> None:
         held = [items.vectors, *(x for x in (items.lengths, fixed) if x is not None)]
         assert sum(x.numel() * x.element_size() for x in held) <= per_token * num_tokens + once
     assert not access.reads_all or access.reads_layer(1, 4)
+
+
+def is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Both missing, or equal."""
+    return a is b if a is None or b is None else torch.equal(a, b)
