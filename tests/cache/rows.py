@@ -20,7 +20,7 @@ ONE_SHOT = [
 ]  # fmt: skip
 EVICTING = [
     f"{score}{allocate} @ 24"
-    for score in ("streaming_llm", "tova", "h2o")
+    for score in ("streaming_llm", "tova", "h2o", "keyformer")
     for allocate in ("", " | adakv", " | pyramidkv")
 ]
 

@@ -82,7 +82,7 @@ def test_crop_after_eviction_is_refused_before_it_works() -> None:
     continued(cache, after, 9)
     with pytest.raises(CacheError, match="dropped others"):
         cache.crop(-7)
-    for recipe in ("tova @ 40", "h2o @ 40"):
+    for recipe in ("tova @ 40", "h2o @ 40", "keyformer @ 40"):
         with pytest.raises(CacheError, match="counted their attention"):
             read(recipe, tokens(30)).crop(-1)
     assert not cache.is_croppable
