@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,6 +35,30 @@ SHARED = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+
+
+class Shape(NamedTuple):
+    """Of a layer: KV heads, query heads of each, head dimension."""
+
+    kv_heads: int
+    group: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"Hkv{self.kv_heads}-G{self.group}-D{self.dim}"
+
+
+SHAPE = Shape(2, 2, 12)
+"""That of the tiny llama."""
+OTHER_SHAPES = [Shape(1, 1, 64), Shape(2, 3, 80), Shape(1, 8, 128)]
+
+
+def llama_config(shape: Shape) -> LlamaConfig:
+    """The tiny llama with layers of this shape."""
+    heads = {"num_key_value_heads": shape.kv_heads, "num_attention_heads": shape.kv_heads * shape.group}
+    return LlamaConfig(**{**SHARED, **heads, "head_dim": shape.dim})
+
+
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHARED),
     "qwen2": lambda: Qwen2Config(**SHARED),

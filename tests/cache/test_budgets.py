@@ -6,8 +6,8 @@ import pytest
 import torch
 from rows import (
     EVICTING,
-    GROUP,
     HEADS,
+    LAYERS,
     Layer,
     close,
     continued,
@@ -17,19 +17,23 @@ from rows import (
 )
 from torch import Tensor
 
+from tiny import OTHER_SHAPES, SHAPE, Shape
 
-@pytest.mark.parametrize("length", [10, 24, 25, 60])
+
+@pytest.mark.parametrize(
+    ("length", "shape"), [*((n, SHAPE) for n in (10, 24, 25, 60)), *((60, shape) for shape in OTHER_SHAPES)], ids=str
+)
 @pytest.mark.parametrize("recipe", EVICTING)
-def test_budget_holds_after_every_step(recipe: str, length: int) -> None:
-    cache = read(recipe, tokens(length))
+def test_budget_holds_after_every_step(recipe: str, length: int, shape: Shape) -> None:
+    cache = read(recipe, tokens(length, shape=shape), shape=shape)
     after_prompt = cache.held_tokens()
-    excess = 2 * 3 if "pyramidkv" in recipe else 0  # (L - 1) / 2 tokens per layer and head, see PyramidKV
+    excess = shape.kv_heads * LAYERS if "pyramidkv" in recipe else 0  # (L - 1) / 2 tokens each, see PyramidKV
     for i, count in enumerate([1] * 16 + [7, 1, 100, 1]):
-        forward(cache, tokens(count, seed=i))
+        forward(cache, tokens(count, seed=i, shape=shape))
         held = cache.held_tokens()
-        assert sum(n for layer in held for n in layer[0]) <= 24 * HEADS * 3 + excess
+        assert sum(n for layer in held for n in layer[0]) <= 24 * shape.kv_heads * LAYERS + excess
         if "pyramidkv" not in recipe:
-            assert all(sum(layer[0]) == HEADS * min(24, cache.seen_tokens) for layer in held)
+            assert all(sum(layer[0]) == shape.kv_heads * min(24, cache.seen_tokens) for layer in held)
         if length > 24:
             assert held == after_prompt
 
@@ -45,17 +49,18 @@ def test_streaming_keeps_sinks_and_latest(length: int) -> None:
         forward(cache, tokens(1, seed=i))
 
 
+@pytest.mark.parametrize("shape", [SHAPE, *OTHER_SHAPES], ids=str)
 @pytest.mark.parametrize("recipe", ["h2o @ 12", "h2o(heavy_share=0.75) | adakv @ 12", "tova @ 12"])
 @pytest.mark.parametrize("length", [8, 40])
-def test_evictors_follow_the_oracle(recipe: str, length: int) -> None:
-    layer = Layer(recipe)
+def test_evictors_follow_the_oracle(recipe: str, length: int, shape: Shape) -> None:
+    layer, num_heads = Layer(recipe, shape=shape), shape.kv_heads
     q, _ = layer.feed(length)
-    kept = [set(range(length))] * HEADS
+    kept = [set(range(length))] * num_heads
     weights = torch.stack(layer.attend(q, kept)[1])  # [H, T, S]
-    score = h2o_start(weights) if "h2o" in recipe else tova_step(weights[:, -1])
+    score = tova_step(weights[:, -1], num_heads) if "tova" in recipe else gathered(weights, num_heads)
     kept = layer.kept()
     if length > 12 and "adakv" not in recipe:
-        assert kept == [drop(recipe, score[h], set(range(length)), 12) for h in range(HEADS)]
+        assert kept == [drop(recipe, score[h], set(range(length)), 12) for h in range(num_heads)]
     budgets = [max(len(head), 12) if length <= 12 else len(head) for head in kept]
     for _ in range(16):
         new = layer.keys.shape[1]
@@ -63,19 +68,20 @@ def test_evictors_follow_the_oracle(recipe: str, length: int) -> None:
         kept = [head | {new} for head in kept]
         expected, weights_now = layer.attend(q, kept)
         assert close(out, expected, 1e-5)
-        score = torch.cat([score, torch.zeros(HEADS, 1)], dim=1)
+        score = torch.cat([score, torch.zeros(num_heads, 1)], dim=1)
         step = torch.stack(weights_now)[:, 0]
-        score = score + h2o_start(step[:, None]) if "h2o" in recipe else tova_step(step)
+        score = tova_step(step, num_heads) if "tova" in recipe else score + gathered(step[:, None], num_heads)
         kept = [drop(recipe, score[h], head, n) for h, (head, n) in enumerate(zip(kept, budgets, strict=True))]
         assert layer.kept() == kept
 
 
-def h2o_start(weights: Tensor) -> Tensor:
-    return weights.sum(1).reshape(HEADS, GROUP, -1).sum(1)  # [Hkv, S]
+def gathered(weights: Tensor, num_heads: int) -> Tensor:
+    """What each token got of all queries of its KV head."""
+    return weights.sum(1).reshape(num_heads, -1, weights.shape[2]).sum(1)  # [Hkv, S]
 
 
-def tova_step(weights: Tensor) -> Tensor:
-    return weights.mean(0).repeat(HEADS, 1)  # [Hkv, S]
+def tova_step(weights: Tensor, num_heads: int) -> Tensor:
+    return weights.mean(0).repeat(num_heads, 1)  # [Hkv, S]
 
 
 def drop(recipe: str, score: Tensor, kept: set[int], budget: int) -> set[int]:

@@ -12,16 +12,14 @@ from torch import Tensor
 import steno
 from steno.cache.paged import PagedRows
 from steno.types import PAGE_TOKENS
-from tiny import shared
-
-HEADS, GROUP, DIM = 2, 2, 12
-SCALE = DIM**-0.5
+from tiny import SHAPE, Shape, llama_config
 
 
-def draw(rows: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(rows: int, count: int, seed: int, shape: Shape = SHAPE) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `[B, H, T, D]`, keys and values `[B, Hkv, T, D]`."""
-    x = torch.randn(rows, HEADS * (GROUP + 2), count, DIM, generator=torch.Generator().manual_seed(seed))
-    q, k, v = x.split([HEADS * GROUP, HEADS, HEADS], dim=1)
+    heads, group, dim = shape
+    x = torch.randn(rows, heads * (group + 2), count, dim, generator=torch.Generator().manual_seed(seed))
+    q, k, v = x.split([heads * group, heads, heads], dim=1)
     return q * 3, k, v
 
 
@@ -32,7 +30,7 @@ def feed(cache: steno.KVCache, new: tuple[Tensor, Tensor, Tensor], counts: list[
     outs = []
     for layer in cache.own_layers:
         layer.update(k, v)
-        outs.append(layer.attend(q, counts, scale=SCALE))
+        outs.append(layer.attend(q, counts, scale=q.shape[-1] ** -0.5))
     cache.check_integrity()
     return torch.stack(outs)
 
@@ -44,7 +42,9 @@ def token_ids(k: Tensor, counts: list[int] | None) -> list[list[int]]:
 
 
 def read(recipe: str, new: tuple[Tensor, Tensor, Tensor], counts: list[int] | None = None) -> steno.KVCache:
-    cache = steno.KVCache(shared("llama").config, recipe, sentence_ends=frozenset({0}))
+    q, k, _ = new
+    shape = Shape(k.shape[1], q.shape[1] // k.shape[1], k.shape[3])
+    cache = steno.KVCache(llama_config(shape), recipe, sentence_ends=frozenset({0}))
     feed(cache, new, counts)
     return cache
 
@@ -57,10 +57,10 @@ def content(cache: steno.KVCache, layer: int = 2) -> PagedRows:
 
 def attention(q: Tensor, heads: list[tuple[Tensor, Tensor]], chosen: list[list[int]]) -> Tensor:
     """The oracle: q `[H, D]` over the chosen tokens of each KV head, `[H, D]`."""
-    out = []
+    out, group = [], len(q) // len(heads)
     for h, query in enumerate(q):
-        keys, values = (x[chosen[h // GROUP]].double() for x in heads[h // GROUP])
-        out.append(torch.softmax(keys @ query.double() * SCALE, 0) @ values)
+        keys, values = (x[chosen[h // group]].double() for x in heads[h // group])
+        out.append(torch.softmax(keys @ query.double() * q.shape[1] ** -0.5, 0) @ values)
     return torch.stack(out).float()
 
 
@@ -93,10 +93,16 @@ class Oracle:
         self.cache, self.b, self.head, self.before = cache, b, head, before
         self.rows = content(cache)
         self.q = q[b]  # [H, D]
-        self.queries = self.q[head * GROUP : (head + 1) * GROUP]
-        self.keys = self.rows.decode_row(b, torch.float32)[head][0]
+        heads = self.rows.decode_row(b, torch.float32)
+        self.num_heads, self.group = len(heads), len(self.q) // len(heads)
+        self.queries = self.q[self.asking(head)]
+        self.keys = heads[head][0]
         self.pages = held_pages(self.rows, b, head)
         self.in_tail = len(self.keys) - sum(map(len, self.pages))
+
+    def asking(self, head: int) -> slice:
+        """The query heads of a KV head."""
+        return slice(head * self.group, (head + 1) * self.group)
 
     def by_pages(self, score: Callable[[Tensor, Tensor], float], count: int) -> list[int]:
         scores = [max(score(q, self.keys[page]) for q in self.queries) for page in self.pages]
@@ -108,7 +114,7 @@ class Oracle:
     def by_labels(self, count: int) -> list[int]:
         assert self.rows.index is not None
         assert self.rows.index.fixed is not None
-        channels = self.rows.index.fixed[self.b * HEADS + self.head]
+        channels = self.rows.index.fixed[self.b * self.num_heads + self.head]
         labels = self.keys[: len(self.keys) - self.in_tail][:, channels]
         return highest([max(float(q[channels] @ k) for q in self.queries) for k in labels], count)
 
@@ -119,8 +125,8 @@ class Oracle:
         for h, ((keys, _), positions) in enumerate(
             zip(rows.decode_row(self.b, torch.float32), rows.positions(self.b, seen), strict=True)
         ):
-            for q in self.q[h * GROUP : (h + 1) * GROUP]:
-                weights = torch.softmax(keys @ q * SCALE, 0).tolist()
+            for q in self.q[self.asking(h)]:
+                weights = torch.softmax(keys @ q * q.shape[0] ** -0.5, 0).tolist()
                 found.append(dict(zip(positions.tolist(), weights, strict=True)))
         return found
 
@@ -137,7 +143,7 @@ class Oracle:
         return self.by_salience(lambda p: max(w.get(p, 0) for w in found), tokens, sinks=0, recent=recent)
 
     def hylra(self, tokens: int, sinks: int, recent: int) -> list[int]:
-        own = self.weights_in(1)[self.head * GROUP : (self.head + 1) * GROUP]
+        own = self.weights_in(1)[self.asking(self.head)]
         return self.by_salience(lambda p: sum(w.get(p, 0) for w in own), tokens, sinks=sinks, recent=recent)
 
     def sentencekv(self, tokens: int, sinks: int, recent: int, longest: int) -> list[int]:
@@ -148,7 +154,7 @@ class Oracle:
         for back, q in enumerate(reversed(self.before), start=2):
             if sentence[-back] != sentence[-1]:
                 break
-            asked.append(q[self.b, self.head * GROUP : (self.head + 1) * GROUP])
+            asked.append(q[self.b, self.asking(self.head)])
         mean = torch.stack(asked).mean((0, 1))
         runs: list[list[int]] = []
         for page_start in self.segment_starts():

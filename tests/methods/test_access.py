@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from access_oracle import CHOOSING, DIM, GROUP, HEADS, SCALE, Oracle, attention, content, draw, feed, read
+from access_oracle import CHOOSING, Oracle, attention, content, draw, feed, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,12 +15,16 @@ import steno
 from steno.cache.accounting import is_offloaded, tensors_of
 from steno.calibration import save_calibration
 from steno.errors import CacheError
-from tiny import shared
+from tiny import OTHER_SHAPES, SHAPE, Shape, shared
 
+HEADS, GROUP, DIM = SHAPE
 STAGES = [
     "", "keydiff @ 200", "keydiff | adakv @ 200", "keydiff | pyramidkv @ 200", "int8", "keydiff | adakv | int4 @ 200", "hadamard",
     "keydiff | adakv | hadamard | int8 @ 200",
 ]  # fmt: skip
+SHAPED = [(stages, SHAPE) for stages in STAGES] + [
+    (stages, shape) for stages in ("keydiff | adakv @ 200", "keydiff | adakv | int4 @ 200") for shape in OTHER_SHAPES
+]
 
 
 @pytest.fixture(scope="session")
@@ -37,18 +41,18 @@ def composed(stages: str, access: str, plan_file: str = "") -> str:
     return " | ".join(x for x in (chain, access.replace("PLAN", plan_file)) if x) + (f" @ {budget}" if budget else "")
 
 
-@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("stages", "shape"), SHAPED, ids=str)
 @pytest.mark.parametrize("access", CHOOSING)
-def test_what_is_read_is_what_a_loop_would_choose(access: str, stages: str, plan_file: str) -> None:
-    cache = read(composed(stages, access, plan_file), draw(2, 330, seed=1))
-    before = [draw(2, 1, seed=10 + i) for i in range(3)]
+def test_what_is_read_is_what_a_loop_would_choose(access: str, stages: str, shape: Shape, plan_file: str) -> None:
+    cache = read(composed(stages, access, plan_file), draw(2, 330, 1, shape))
+    before = [draw(2, 1, 10 + i, shape) for i in range(3)]
     for step in before:
         feed(cache, step)
-    new = draw(2, 1, seed=20)
+    new = draw(2, 1, 20, shape)
     out = feed(cache, new)
     for b in range(2):
         heads, chosen = content(cache).decode_row(b, torch.float32), []
-        for h in range(HEADS):
+        for h in range(shape.kv_heads):
             oracle = Oracle(cache, new[0][:, :, 0], b, h, [q[:, :, 0] for q, _, _ in before])
             read_of_segments = CHOOSING[access](oracle)
             assert len(read_of_segments) < len(oracle.keys) - oracle.in_tail
@@ -68,13 +72,13 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("stages", "shape"), SHAPED, ids=str)
 @pytest.mark.parametrize("access", EVERYTHING)
-def test_reading_everything_is_reading_everything(access: str, stages: str, plan_file: str) -> None:
-    prompt = draw(2, 200, seed=1)
+def test_reading_everything_is_reading_everything(access: str, stages: str, shape: Shape, plan_file: str) -> None:
+    prompt = draw(2, 200, 1, shape)
     ours, plain = read(composed(stages, access, plan_file), prompt), read(stages or "full", prompt)
     for i, count in enumerate(GROWING):
-        new = draw(2, count, seed=10 + i)
+        new = draw(2, count, 10 + i, shape)
         # products with packed codes round, those with tokens copied out of them do not
         assert torch.allclose(feed(ours, new), feed(plain, new), atol=1e-2 if "int" in stages else 1e-4)
 
@@ -173,7 +177,7 @@ def test_a_needle_that_one_head_sees_is_read_by_all_layers_after() -> None:
     asked = list[Tensor]()
     for layer in cache.own_layers:
         layer.update(k, v)
-        layer.attend(q, None, scale=SCALE)
+        layer.attend(q, None, scale=DIM**-0.5)
         if layer.layer_idx == 0:
             asked.append(cache.reading.shared.salience[0])
     assert asked[0][:, 192:256].sum(1).argmax() in (0, 1)
