@@ -50,7 +50,10 @@ def test_streaming_keeps_sinks_and_latest(length: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, *OTHER_SHAPES], ids=str)
-@pytest.mark.parametrize("recipe", ["h2o @ 12", "h2o(heavy_share=0.75) | adakv @ 12", "tova @ 12"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["h2o @ 12", "h2o(heavy_share=0.75) | adakv @ 12", "tova @ 12", "keyformer(noise=False, anneal_tokens=8) @ 12"],
+)
 @pytest.mark.parametrize("length", [8, 40])
 def test_evictors_follow_the_oracle(recipe: str, length: int, shape: Shape) -> None:
     layer, num_heads = Layer(recipe, shape=shape), shape.kv_heads
@@ -62,7 +65,7 @@ def test_evictors_follow_the_oracle(recipe: str, length: int, shape: Shape) -> N
     if length > 12 and "adakv" not in recipe:
         assert kept == [drop(recipe, score[h], set(range(length)), 12) for h in range(num_heads)]
     budgets = [max(len(head), 12) if length <= 12 else len(head) for head in kept]
-    for _ in range(16):
+    for i in range(16):
         new = layer.keys.shape[1]
         q, out = layer.feed(1)
         kept = [head | {new} for head in kept]
@@ -70,6 +73,9 @@ def test_evictors_follow_the_oracle(recipe: str, length: int, shape: Shape) -> N
         assert close(out, expected, 1e-5)
         score = torch.cat([score, torch.zeros(num_heads, 1)], dim=1)
         step = torch.stack(weights_now)[:, 0]
+        if "keyformer" in recipe:  # at a temperature that rises from 1 to 2 in 8 tokens
+            step = step ** (1 / (1 + min(i + 1, 8) / 8))
+            step = step / step.sum(1, keepdim=True)
         score = tova_step(step, num_heads) if "tova" in recipe else score + gathered(step[:, None], num_heads)
         kept = [drop(recipe, score[h], head, n) for h, (head, n) in enumerate(zip(kept, budgets, strict=True))]
         assert layer.kept() == kept
@@ -85,9 +91,9 @@ def tova_step(weights: Tensor, num_heads: int) -> Tensor:
 
 
 def drop(recipe: str, score: Tensor, kept: set[int], budget: int) -> set[int]:
-    """Down to the budget, one by one: H2O shields the newest, TOVA nothing."""
+    """Down to the budget, one by one: H2O and Keyformer shield the newest, TOVA nothing."""
     share = 0.75 if "0.75" in recipe else 0.5
-    recent = budget - int(share * budget) if "h2o" in recipe else 0
+    recent = {"h2o": budget - int(share * budget), "key": int(0.3 * budget)}.get(recipe[:3], 0)
     shielded = set(sorted(kept)[len(kept) - recent :]) if recent else set()
     while len(kept) > budget:
         kept = kept - {min(kept - shielded, key=lambda p: (float(score[p]), -p))}
