@@ -92,16 +92,20 @@ def bitmap_bytes(num_tokens: int) -> int:
     return HEADS * -(-num_tokens // 8)
 
 
-def dense_bytes(tokens_of_heads: list[int], size: int) -> int:
+def dense_bytes(tokens_of_heads: list[int], size: int, dim: int = DIM) -> int:
     """Keys and values in the model's dtype."""
-    return sum(tokens_of_heads) * 2 * DIM * size
+    return sum(tokens_of_heads) * 2 * dim * size
+
+
+def code_bytes(bits: int, dim: int) -> int:
+    """Codes of a page of 64 tokens, keys transposed: in lines of 64 bytes, 16 columns times 32 / bits rows."""
+    return sum(-(-rows * bits // 32) * -(-columns // 16) * 64 for rows, columns in [(dim, 64), (64, dim)])
 
 
 def page_bytes(bits: int, group: int) -> int:
-    """One page of 64 tokens: codes in lines of 64 bytes, 16 columns times 32 / bits rows; fp16 scales and minima."""
-    code_bytes = sum(-(-rows * bits // 32) * blocks * 64 for rows, blocks in [(DIM, 4), (64, -(-DIM // 16))])
+    """One page of whole numbers: codes, fp16 scales and minima."""
     num_groups = 64 // min(group, 64) * DIM + -(-DIM // group) * 64
-    return code_bytes + num_groups * 2 * 2
+    return code_bytes(bits, DIM) + num_groups * 2 * 2
 
 
 def slot_bytes(tokens: int, size: int) -> int:
@@ -142,6 +146,39 @@ def test_formula_of_quantized_recipes(
     pages = HEADS * quantized // 64 * page_bytes(bits, group)
     rest = dense_bytes([num_tokens - quantized] * HEADS, DENSE[dtype])
     assert read(recipe, num_tokens, dtype).kv_bytes == LAYERS * (pages + rest + span_table_bytes(int(quantized > 0)))
+
+
+@pytest.mark.parametrize("dtype", DENSE, ids=str)
+@pytest.mark.parametrize(("num_tokens", "dim"), [(63, 64), (130, 12), (257, 80)])
+@pytest.mark.parametrize(
+    ("recipe", "bits", "channels", "scale_bytes", "side_bytes"),
+    [
+        ("q8_0", 8, 32, 2, 0),
+        ("q4_0", 4, 32, 2, 0),
+        ("fp8", 8, 999, 2, 0),
+        ("fp8(dtype='e5m2')", 8, 999, 2, 0),
+        ("nvfp4", 4, 16, 1, 4),
+        ("turboquant", 4, 999, 2, 0),
+        ("turboquant(bits=2)", 2, 999, 2, 0),
+        ("turboquant(bits=1, norm_correction=True)", 1, 999, 2, 0),
+    ],
+)
+def test_formula_of_codebooks(
+    recipe: str,
+    bits: int,
+    channels: int,
+    scale_bytes: int,
+    side_bytes: int,
+    num_tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+) -> None:
+    """A scale for so many channels of a token, all at most, and so many bytes more for keys or values of a page."""
+    num_pages = HEADS * (num_tokens // 64)
+    page = code_bytes(bits, dim) + 2 * (64 * -(-dim // channels) * scale_bytes + side_bytes)
+    rest = dense_bytes([num_tokens % 64] * HEADS, DENSE[dtype], dim)
+    spans = 0 if "turboquant" in recipe else int(num_pages > 0)  # what lies in another basis attends by itself
+    assert read(recipe, num_tokens, dtype, dim).kv_bytes == LAYERS * (num_pages * page + rest + span_table_bytes(spans))
 
 
 @pytest.mark.parametrize("dtype", DENSE, ids=str)

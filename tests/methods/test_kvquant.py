@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from steno.cache.accounting import held_bytes
 from steno.calibration import save_calibration
 from steno.errors import CalibrationError
 from steno.kernels.quant.codebooks import lloyd_max
@@ -97,6 +98,30 @@ def test_products_are_those_of_the_decoded_tokens(n):
     q, w = torch.randn(3, 64, generator=g), torch.rand(3, n, generator=g)
     torch.testing.assert_close(head.logits(q), q @ k.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head.mix(w), w @ v, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "heads", "dim", "bits", "share", "step"), [
+    (64, 1, 64, 4, 0.01, 1), (192, 2, 80, 2, 0.05, 1), (128, 3, 24, 4, 0.0, 2),
+])  # fmt: skip
+def test_bytes_are_codes_scales_places_and_outliers(n, heads, dim, bits, share, step):
+    g = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(heads, n, dim, generator=g) for _ in range(2))
+    positions, rope = [step * torch.arange(n)] * heads, Rope(inv_freq=1 / torch.arange(1, dim // 2 + 1))
+    tokens = KeptTokens(keys=[*keys], values=[*values], positions=positions, layer_idx=0, num_layers=1, rope=rope)
+    codes = n * bits // 32 * -(-dim // 16) * 64
+    of_channels, of_tokens = dim * (2 + 2), n * (2 + 2)  # a scale and a middle in fp16
+    outliers = 2 * int(share / 2 * n + 0.5) * dim + int(share * n * dim)  # at both ends of each channel; of all values
+    places = 4 * n if step > 1 else 0
+    head = 2 * codes + of_channels + of_tokens + outliers * (4 + 2) + places
+    assert held_bytes(KVQuant(bits=bits, outliers=share).encode(tokens)) == heads * head + dim // 2 * 4
+
+
+def test_bytes_of_calibrated_outliers_end_at_their_share(tmp_path):
+    keys, values = draw(n=128)
+    method = KVQuant(statistics=a_file(tmp_path, keys), outliers=0.02)
+    codes, of_channels, of_tokens = 128 * 4 // 32 * 4 * 64, 64 * (2 + 2), 128 * (2 + 2)
+    head = 2 * codes + of_channels + of_tokens + 2 * int(0.02 * 128 * 64) * (4 + 2)
+    assert held_bytes(encoded(method, 10 * keys, values, rope=None)) == head
 
 
 def a_file(tmp_path, keys, name="fitted", heads=1):

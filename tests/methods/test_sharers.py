@@ -96,6 +96,25 @@ def test_vectors_of_nothing_stay_nothing() -> None:
 # xkv
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "layers", "hkv", "dim", "ranks"),
+    [(200, 2, 2, 16, (8, 12)), (300, 4, 1, 64, (32, 48)), (9, 3, 3, 80, (9, 9))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_are_short_vectors_once_and_factors_of_each_layer(
+    num_tokens: int, layers: int, hkv: int, dim: int, ranks: tuple[int, int], dtype: torch.dtype
+) -> None:
+    group = [layer_tokens(num_tokens, i, hkv=hkv, dim=dim) for i in range(layers)]
+    group = [
+        replace(t, keys=[k.to(dtype) for k in t.keys], values=[v.to(dtype) for v in t.values], rope=group[0].rope)
+        for t in group
+    ]
+    numbers = (num_tokens + layers * hkv * dim) * sum(ranks)  # 1/8 and 3/16 of the width of the group, or one a token
+    positions, frequencies = 4 * num_tokens, 4 * dim // 2
+    held = held_bytes(XKV().share(group, DenseStore()))
+    assert held == numbers * dtype.itemsize + positions + frequencies
+
+
 @pytest.mark.parametrize("num_tokens", [20, 200])
 def test_the_error_is_that_of_the_truncated_svd(num_tokens: int) -> None:
     layers = [layer_tokens(num_tokens, i) for i in range(3)]
