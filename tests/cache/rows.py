@@ -94,9 +94,10 @@ class Layer:
         self.shape, self.seed = shape, 0
 
     def feed(self, count: int) -> tuple[Tensor, Tensor]:
-        """Queries `[H, T, D]` and the layer's answer to them."""
+        """Queries `[H, T, D]`, long enough to pick tokens out, and the layer's answer to them."""
         self.seed += 1
         q, k, v = apart(tokens(count, seed=self.seed, shape=self.shape)[0], self.shape.kv_heads)
+        q = 3 * q
         self.keys, self.values = torch.cat([self.keys, k[0]], 1), torch.cat([self.values, v[0]], 1)
         self.cache.update(k, v)
         out = self.cache.attend(q, None, scale=self.shape.dim**-0.5)
