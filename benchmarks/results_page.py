@@ -163,7 +163,10 @@ def measured(rows: Sequence[Row], known: Sequence[Entry], left_out: dict[str, st
         "held; peak is the most while reading and answering."
     )
     if (count := len(latest(rows))) < num_all:
-        yield f"**Not complete**: {count} of at most {num_all} rows have been measured so far; `make results-rows` goes on."
+        yield (
+            f"{count} of at most {num_all} rows: the others were refused (a window longer than the budget, bases that take more "
+            "than it), or failed (some peers'), or are not measured yet. `make results-rows` tells which, and measures these."
+        )
     if left_out:
         yield "Methods that are not measured: " + "; ".join(f"`{name}`, {why}" for name, why in left_out.items()) + "."
 
