@@ -163,7 +163,7 @@ def results() -> Any:
 def test_the_page_of_rows(results: Any, tmp_path: Path) -> None:
     found = rows("full", "snapkv @ 25%", "peer:kvpress:snapkv@25%")
     text = render(results, found, tmp_path)
-    assert "**Not complete**: 18 of at most" in text
+    assert f"18 of at most {2 * sum(len(recipes.wanted(task)) for task in recipes.TASKS)} rows:" in text
     assert "What these numbers do not show" in text
     assert "| `snapkv @ 25%` |" in text
     assert "| `kvpress:snapkv@25%` (peer) |" in text
@@ -177,6 +177,25 @@ def test_the_page_of_rows(results: Any, tmp_path: Path) -> None:
     first = (tmp_path / "results-512.svg").read_bytes()
     assert render(results, found, tmp_path) == text
     assert (tmp_path / "results-512.svg").read_bytes() == first
+
+
+def test_shares_of_the_bytes_have_a_table_of_their_own(results: Any, tmp_path: Path) -> None:
+    recipe = recipes.AT_BYTES.format(id="int4", budget="12.5%")
+    assert recipe in [entry.text for entry in recipes.wanted("niah")]
+    assert recipe not in [entry.text for entry in recipes.wanted("questions")]
+    text = render(results, rows("full", "snapkv @ 25%", recipe), tmp_path)
+    tokens, _, of_bytes = text.partition("## Three budgets in bytes")
+    line = next(line for line in of_bytes.splitlines() if line.startswith("| `kvzip"))
+    assert [cell.strip() == "-" for cell in line.replace("\\|", "").split("|")[2:-1]] == [
+        True,
+        True,
+        False,
+        *[True] * 3,
+    ]
+    assert "KL" in line
+    assert "% of bytes" not in tokens
+    assert "`snapkv`" not in of_bytes
+    assert (tmp_path / "results-budgets-bytes.svg").exists()
 
 
 def test_the_last_of_rows_that_measure_the_same_counts(results: Any, tmp_path: Path) -> None:
