@@ -57,9 +57,9 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
         f"{first.model} in {first.dtype} on {first.device}; {hosts}. In a cell, above: the share of right answers on {needles} "
         f"at {contexts} tokens, the KL divergence in nats a token and the top-1 agreement on text that goes on, both against "
         "the full cache; below: bits held per number of the full cache, the share of its bytes, and milliseconds of a decode "
-        "step. Bytes and milliseconds are those at the greatest length; the machine may have been busy. A budget is a share of "
-        f"the tokens, or of the bytes where it says so; `{DASH}`: not measured, or refused. Intervals and single tasks: "
-        "[results.md](results.md)."
+        "step. Bytes and milliseconds are those at the greatest length; rows are of several days and machines, which may have "
+        "been busy: compare milliseconds within a line alone. A budget is a share of the tokens, or of the bytes where it says "
+        f"so; `{DASH}`: not measured, or refused. Intervals and single tasks: [results.md](results.md)."
     )
     yield (
         "*Compression*: seconds that scoring, choosing and packing a prompt of 4,096 tokens took, of all layers (measured over "

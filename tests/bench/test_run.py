@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import steno
+from steno.bench import machine
 from steno.bench.measure import forced_passes
 from steno.bench.plan import Group, plan_groups
 from steno.bench.rows import Row, append_row, drop_torn_line, read_rows
@@ -284,3 +285,16 @@ def test_questions_without_answers_are_measured_by_agreement(bench: Bench, tmp_p
     row = bench.row(group, "int4", references, quiet)
     assert row.scores[0] == pytest.approx(sum(row.scores[:1]))
     assert row.task == f"jsonl:{path}"
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\n", "AMD EPYC (family 26, model 2)"),
+        ("model name\t: Xeon @ 2.50GHz\ncpu family\t: 6\nmodel\t\t: 85\n", "Xeon @ 2.50GHz"),
+        ("model name\t: A core\nmodel name\t: Another\n", "A core"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(told: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert machine.host("cpu").startswith(f"{name}, ")

@@ -59,8 +59,13 @@ def host(device: str) -> str:
 
 
 def _processor() -> str:
+    """Its name, with the generation where a virtual machine leaves the name without a number: times are compared by it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        lines = []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in told and not any(character.isdigit() for character in name):
+        name += f" (family {told['cpu family']}, model {told['model']})"
+    return name
