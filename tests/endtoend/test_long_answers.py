@@ -16,6 +16,7 @@ from steno.cli.document import whole_reference
 from steno.models.embedded import DEFAULT_MODEL
 from steno.models.folder_cache import default_cache_dir, is_complete
 from steno.recipe import parse_recipe
+from steno.types import PAGE_TOKENS
 
 pytestmark = [
     pytest.mark.model,
@@ -23,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not is_complete(default_cache_dir() / DEFAULT_MODEL), reason="`make model` fetches the model"),
 ]
 PROMPT_TOKENS, NEW_TOKENS, BUDGET = 400, 256, "25%"
+LARGE_BASES = ("palu", "cskv", "xkv")
+"""Methods whose bases alone take more than a quarter of the bytes of so short a prompt."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,7 +36,8 @@ def recipes() -> list[str]:
         known, _ = importlib.import_module("benchmarks.result_recipes").entries()
     finally:
         sys.path.remove(str(ROOT))
-    return [entry.text for entry in known if not entry.is_peer and entry.budget in (None, BUDGET)]
+    mine = [entry for entry in known if not entry.is_peer and entry.budget in (None, BUDGET)]
+    return [entry.text for entry in mine if not (entry.of_bytes and entry.shows[1] in LARGE_BASES)]
 
 
 @lru_cache
@@ -57,7 +61,9 @@ def test_a_long_answer_is_finite_and_keeps_the_budget(recipe: str) -> None:
     parsed = parse_recipe(recipe)
     ctx = model().read_tokens(tokens()[:PROMPT_TOKENS], recipe)
     before = held(ctx.cache)
-    if parsed.score is not None:
+    if parsed.budget.in_bytes:
+        assert 0 < ctx.cache.kv_bytes <= ctx.cache.kv_bytes_full / 4
+    elif parsed.score is not None:
         # the rounding of pyramidkv may give a layer half a token for each layer more
         more = len(before) / 2 if parsed.allocate is not None and parsed.allocate.id == "pyramidkv" else 0
         assert 0 < before.double().mean() <= PROMPT_TOKENS / 4 + more
@@ -68,6 +74,7 @@ def test_a_long_answer_is_finite_and_keeps_the_budget(recipe: str) -> None:
     new = 0 if parsed.evictor is not None else NEW_TOKENS
     assert torch.equal(held(steps.cache), before + new)
     steps.cache.check_integrity()
-    if parsed.score is not None and parsed.evictor is None:
-        dense = steps.cache.kv_bytes_full * (PROMPT_TOKENS / 4 + NEW_TOKENS) / (PROMPT_TOKENS + NEW_TOKENS)
-        assert steps.cache.kv_bytes < 1.1 * dense
+    if parsed.score is not None and parsed.evictor is None and not parsed.budget.in_bytes:
+        # the tail has room for a page, whether it is used or not
+        most = (PROMPT_TOKENS / 4 + NEW_TOKENS + PAGE_TOKENS) / (PROMPT_TOKENS + NEW_TOKENS)
+        assert steps.cache.kv_bytes < 1.05 * most * steps.cache.kv_bytes_full

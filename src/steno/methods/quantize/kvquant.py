@@ -10,7 +10,8 @@ Differs: without a calibration file channel thresholds are the quantiles of the 
     the first token is not kept apart.
 Cost: without a file, k-means over at most 8192 numbers of a head when a chunk closes. Per step values are read as packed codes,
     and keys are opened and rotated 512 tokens at a time, as the rotation differs from token to token. Per value bits, 48
-    bits for each outlier, 32 / n per key (n tokens encoded together), 32 / D per value.
+    bits for each outlier, 32 / n per key (n tokens encoded together), 32 / D per value. Not in the bytes that are reported:
+    without a file, the 2**bits levels of keys and of values of each head and chunk.
 """
 
 from __future__ import annotations
