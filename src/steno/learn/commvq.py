@@ -26,7 +26,7 @@ def learn(lm: LanguageModel, text: str, options: Options) -> Mapping[str, Tensor
     parts = pieces(lm, text, count=PIECES, size=PIECE_TOKENS, seed=options.seed)
     keys, values = [], []
     for number, tokens in enumerate(parts):
-        options.report("reading", number, len(parts) + lm.model.config.num_hidden_layers)
+        options.report("reading", number, len(parts) + lm.model.config.get_text_config().num_hidden_layers)
         seen = look(lm, tokens, Need.PRE_ROPE_KEYS)
         keys.append(torch.stack([obs.pre_rope_keys for _, obs in seen if obs.pre_rope_keys is not None]))
         values.append(torch.stack([kv.values for kv, _ in seen]))
