@@ -235,8 +235,9 @@ def test_training_resumes_as_if_never_interrupted(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("method", "part"), [("commvq", "fit_rows"), ("kvquant", "_fit")])
 def test_calibration_resumes_behind_the_layers_that_it_has(
-    method: str, part: str, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    method: str, part: str, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     module = importlib.import_module(LEARNERS[method].module)
     fit, calls = getattr(module, part), [0]
 
@@ -251,6 +252,7 @@ def test_calibration_resumes_behind_the_layers_that_it_has(
     assert run([*words, str(whole)]) == 0
     monkeypatch.setattr(module, part, breaks_off)
     assert run([*words, str(place)]) == 130
+    assert "with --resume goes on" in capsys.readouterr().err
     assert not place.exists()
     assert run([*words, str(place), "--resume", "--seed", "1"]) == 2  # of another run
     calls[0] = -100

@@ -12,6 +12,8 @@ from steno.errors import BadArgument, nearest
 from steno.learn import LEARNERS, Command
 from steno.models.default import DEFAULT_MODEL
 
+INTERRUPTED = 130
+
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     """The arguments of `steno train` or `steno calibrate`."""
@@ -81,7 +83,15 @@ def run(arguments: argparse.Namespace) -> int:
         options = Options(
             seed=arguments.seed, steps=steps, identity=str(about), checkpoint=checkpoint, progress=progress
         )
-        tensors = import_module(learner.module).learn(lm, text, options)
+        try:
+            tensors = import_module(learner.module).learn(lm, text, options)
+        except KeyboardInterrupt:
+            if not checkpoint.exists():
+                raise
+            print(
+                "\nsteno: interrupted; what was done is kept: the same command with --resume goes on.", file=sys.stderr
+            )
+            return INTERRUPTED
     save_calibration(out, tensors, about)
     checkpoint.unlink(missing_ok=True)
     print(f"wrote {out}: {learner.what} of {lm.name}, learned from {what}", file=sys.stderr)
