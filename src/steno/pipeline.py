@@ -141,22 +141,21 @@ class RecipePolicy:
                 f"{least} (sinks and window): raise the budget or lower the method's window{where}."
             )
 
-    def _room(self, kv: LayerKV, num_layers: int, prompt_tokens: int) -> LayerRoom:
-        return LayerRoom.of(self.recipe, self, kv, num_layers, prompt_tokens)
+    def _room(self, kv: LayerKV, num_layers: int, prompt_tokens: int, num_sharing: int | None = None) -> LayerRoom:
+        return LayerRoom.of(self.recipe, self, kv, num_layers, prompt_tokens, num_sharing)
 
     def _can_grow(self, kv: LayerKV, observation: Observation) -> bool:
         """Whether a budget in bytes may hold more tokens than surely fit: what stays dense is known when tokens are chosen."""
-        stores = self.page_format is not None or self.encoder is not None
-        # what one layer leaves, another of its allocator's may have taken
-        apart = self.recipe.allocate is None or not self.recipe.allocate.by_layer
-        is_bytes = self.recipe.budget.in_bytes and self.evictor is None and stores and apart
+        is_bytes = self.recipe.budget.in_bytes and self.evictor is None
         return is_bytes and observation.budget_tokens < kv.num_tokens and observation.positions is None
 
     def select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         """Which tokens stay; ties go to the earlier token."""
         if self.recipe.score is None or allocation is not None or not self._can_grow(kv, observation):
             return self._select(kv, observation, allocation)
-        room = self._room(kv, observation.num_layers, kv.num_tokens)
+        room = self._room(kv, observation.num_layers, kv.num_tokens, num_sharing=1)
+        if self.recipe.allocate is not None and self.recipe.allocate.by_layer:
+            return self._select_by_layer(kv, observation, room)
 
         def attempt(tokens: int) -> Selection | None:
             found = self._select(kv, replace(observation, budget_tokens=tokens))
@@ -164,6 +163,23 @@ class RecipePolicy:
             return found if room.bytes_of(lengths, is_ragged=found.log_counts is not None) <= room.num_bytes else None
 
         return room.most(attempt, observation.budget_tokens) or self._select(kv, observation)
+
+    def _select_by_layer(self, kv: LayerKV, observation: Observation, room: LayerRoom) -> Selection:
+        """Where layers have numbers of their own, which an allocator knows of all: those that fit together."""
+        score, num_layers = self.recipe.score, observation.num_layers
+        assert score is not None, "asked of methods that choose"
+
+        def attempt(tokens: int) -> Selection | None:
+            seen = replace(observation, budget_tokens=tokens)
+            scores = self._scores(score, kv, _shown_to(score, seen), None)
+            layers = [self._counts(scores, replace(seen, layer_idx=i)) for i in range(num_layers)]
+            if sum(map(room.bytes_of, layers)) > num_layers * room.num_bytes:
+                return None
+            return self._select(kv, seen, Allocation(scores=scores, counts=layers[seen.layer_idx]))
+
+        # entries that merged may be fewer, of which more stay dense
+        found = room.most(attempt, observation.budget_tokens) if self.recipe.merge is None else None
+        return found or self._select(kv, observation)
 
     def _select(self, kv: LayerKV, observation: Observation, allocation: Allocation | None = None) -> Selection:
         score = self.recipe.score
@@ -257,9 +273,14 @@ class RecipePolicy:
             return [Selection(kv=kv) for kv in kvs]
         seen = [_shown_to(score, observation) for observation in observations]
         scores = _mean_score([score.score(kv, x) for kv, x in zip(kvs, seen, strict=True)])
+        num_heads = kvs[0].num_kv_heads
         per_head = [n for x in seen for n in self._counts(scores, x)]  # layers may have budgets of their own
-        counts = sum(per_head) // len(per_head)
-        kept = _best(scores[:1], [counts]) * kvs[0].num_kv_heads
+        count = sum(per_head) // len(per_head)
+        apart = self.recipe.allocate is None or not self.recipe.allocate.by_layer
+        if apart and self._can_grow(kvs[0], observations[0]):
+            room = self._room(kvs[0], observations[0].num_layers, kvs[0].num_tokens, num_sharing=len(kvs))
+            count = room.most(lambda n: n if room.bytes_of([n] * num_heads) <= room.num_bytes else None, count) or count
+        kept = _best(scores[:1], [count]) * num_heads
         return [Selection(kv=kv, kept=kept) for kv in kvs]
 
 

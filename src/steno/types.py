@@ -194,6 +194,19 @@ class KeptTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Widths:
+    """What is stored of a token in one layer: so many vectors for its keys and for its values, of so many numbers each.
+
+    beside: bytes of a token beside them, of all heads.
+    """
+
+    heads: int
+    keys: int
+    values: int
+    beside: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexItems:
     """What an access method notes of some tokens of one KV head: a vector for each run of them.
 

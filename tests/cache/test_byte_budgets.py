@@ -24,7 +24,8 @@ RECIPES = [
     "keydiff", "tova", "h2o | adakv", "keydiff | adakv | int4", "keydiff | quest", "keydiff | gear | quest",
     "keydiff | adakv | turboquant | quest", "keydiff | int8 | quest", "keydiff | chelsea | gear", "keydiff | pyramidkv | gear",
     "keydiff | hadamard | gear", "keydiff | minicache | gear", "snapkv | gear", "snapkv | int4", "snapkv | kivi", "kvzip | int8",
-    "kvzip | one_threshold | kvquant", "shorthand",
+    "kvzip | one_threshold | kvquant", "shorthand", "keydiff | palu", "keydiff | think", "keydiff | palu | hadamard | int4",
+    "keydiff | adakv | think | int4", "keydiff | pyramidkv | cskv", "keydiff | xkv", "keydiff | minicache | int4",
 ]  # fmt: skip
 
 
@@ -97,8 +98,21 @@ def test_a_share_of_the_bytes_is_that_many_bytes(recipe: str, percent: int) -> N
 @pytest.mark.parametrize("stored", ["", " | int4", " | gear"])
 @pytest.mark.parametrize("budget", [300_000, 600_000])
 def test_layers_that_keep_numbers_of_their_own_fit_together(stored: str, budget: int) -> None:
-    """Whole tokens add up to more than the mean where there are many layers."""
-    held(f"keydiff | pyramidkv{stored}", budget, num_layers=30)
+    """Whole tokens add up to more than the mean where there are many layers, and remainders to less than the most."""
+    assert held(f"keydiff | pyramidkv{stored}", budget, num_layers=30).kv_bytes > 0.8 * budget
+
+
+NARROW = ["palu", "cskv", "think", "hadamard", "rotatekv", "palu | int4", "cskv | int4", "think | int4", "rotatekv | int4",
+          "palu | hadamard | int4", "xkv", "xkv | int4", "xkv | hadamard | int4", "minicache", "minicache | int4"]  # fmt: skip
+
+
+@pytest.mark.parametrize("percent", [50, 25])
+@pytest.mark.parametrize("recipe", NARROW)
+def test_what_is_stored_narrowly_or_in_common_fills_its_budget(recipe: str, percent: int) -> None:
+    """Or is whole; a quarter of the budget is left for remainders, which so few tokens do not outweigh."""
+    cache = held(f"keydiff | {recipe}", FULL_BYTES * percent // 100)
+    whole = tokens(cache) == LAYERS * HEADS * TOKENS
+    assert whole or cache.kv_bytes > 0.75 * FULL_BYTES * percent / 100
 
 
 def test_the_error_says_which_method_needs_more(codebooks: str) -> None:

@@ -20,7 +20,7 @@ from steno.methods import (
     Sharer,
     Transform,
 )
-from steno.types import PAGE_TOKENS, KeptTokens, Need
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Widths
 
 
 def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool, **kwargs: object) -> None:
@@ -47,7 +47,13 @@ def check_transform(transform: Transform, num_tokens: int, *, is_lossless: bool,
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors(kv), *tensors(obs)), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(changed.keys, again.change(tokens).keys, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(changed.values, again.change(tokens).values, strict=True))
-    assert held_bytes(basis) <= transform.basis_bytes(heads, dim, 1)
+    widths = Widths(heads=heads, keys=dim, values=dim)
+    stored = transform.stored(widths)
+    assert {x.shape for x in changed.keys} == {(num_tokens, stored.keys)}
+    assert {x.shape for x in changed.values} == {(num_tokens, stored.values)}
+    assert len(changed.keys) == len(changed.values) == stored.heads
+    assert held_bytes(segment) - held_bytes(inner) - held_bytes(basis) <= num_tokens * stored.beside + 2 * dim
+    assert held_bytes(basis) <= transform.basis_bytes(widths, 1, kv.keys.element_size())
     assert segment.lengths == tokens.lengths
     decoded = segment.decode(torch.float32)
     for (k, v), plain_k, plain_v in zip(decoded, kv.keys, kv.values, strict=True):

@@ -23,7 +23,7 @@ from steno.methods.transform.hadamard import Hadamard, rotation
 from steno.methods.transform.palu import Palu
 from steno.methods.transform.rotatekv import RotateKV
 from steno.methods.transform.think import ThinK
-from steno.types import KeptTokens, Rope
+from steno.types import KeptTokens, Rope, Widths
 from tiny import SHARED
 
 
@@ -357,5 +357,6 @@ def test_bytes_are_those_of_the_formula() -> None:
     held = sum(x.numel() * x.element_size() for x in (segment.inner.keys, segment.inner.values))
     assert held == 640 * (8 + 16) * 4
     assert layer.measure() < 0.55 * layer_with("full", 640)[0].measure()
-    assert CSKV().basis_bytes(2, 16, 1) == 32 * (16 + 16) * 4 + 32
-    assert Hadamard().basis_bytes(2, 16, 1) == 2 * 16 * 16 * 4
+    widths = Widths(heads=2, keys=16, values=16)
+    assert CSKV().basis_bytes(widths, 1, 4) == 32 * (16 + 16) * 4 + 32
+    assert Hadamard().basis_bytes(widths, 1, 2) == 16 * 16 * 4

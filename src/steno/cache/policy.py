@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from steno.types import IndexItems, KeptTokens, LayerKV, Need, Observation, PageFormat, Route
+from steno.types import IndexItems, KeptTokens, LayerKV, Need, Observation, PageFormat, Route, Widths
 
 if TYPE_CHECKING:
     from steno.cache.access import AccessStep, Choice
@@ -114,6 +114,20 @@ class Store(Protocol):
         ...
 
     def store(self, tokens: KeptTokens) -> Segment: ...
+
+
+class StoreBytes(Protocol):
+    """What a `Store` needs for what it stores. number_bytes: of a number of the model's dtype."""
+
+    @property
+    def number_bytes(self) -> int: ...
+
+    @property
+    def chunk_tokens(self) -> int: ...
+
+    def stored_bytes(self, num_tokens: int, widths: Widths) -> int:
+        """The most bytes of so many tokens per head, on average."""
+        ...
 
 
 class Sharer(Protocol):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
-from steno.cache.policy import SegmentEncoder, Store
+from steno.cache.policy import SegmentEncoder, Store, StoreBytes
 from steno.cache.segment import Segment
 from steno.cache.transformed import Basis
-from steno.types import IndexItems, KeptTokens, LayerKV, Merged, Need, Observation, PageFormat, Route
+from steno.types import IndexItems, KeptTokens, LayerKV, Merged, Need, Observation, PageFormat, Route, Widths
 
 if TYPE_CHECKING:
     from steno.cache.access import AccessStep, Choice
@@ -130,7 +130,8 @@ class Allocator(Method, Protocol):
     """Whether it is shown the scores of all layers at once, as of one layer with L * Hkv heads; all stay dense until then."""
 
     by_layer: ClassVar[bool]
-    """Whether it gives layers numbers of their own, which together may be up to (L - 1) / 2 tokens a layer above the budget."""
+    """Whether it gives layers numbers of their own, whatever the finite scores, which together may be up to (L - 1) / 2 tokens
+    a layer above the budget."""
 
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
         """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers."""
@@ -172,8 +173,12 @@ class Transform(Method, Protocol):
     def residual_tokens(self) -> int:
         """Without a quantize stage the tail changes its basis when it holds this many tokens (beside the recent ones)."""
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
-        """The most bytes that the basis of one layer takes; its part of what is the same in all layers."""
+    def stored(self, widths: Widths) -> Widths:
+        """What a token of these widths is in the basis."""
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
+        """The most bytes that the basis of one layer takes for tokens of these widths, in numbers of so many bytes; its part
+        of what is the same in all layers."""
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The basis for what one sequence keeps of its prompt in one layer; the same object where it is the same for all.
@@ -188,8 +193,11 @@ class Sharer(Method, Protocol):
     def group(self, layer_idx: int, num_layers: int) -> range:
         """The neighbouring layers that share, with `layer_idx` among them; itself alone if it shares nothing."""
 
-    def fixed_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+    def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """What one layer takes at most beside its tokens, each of which takes no more than it would by itself."""
+
+    def shared_bytes(self, num_tokens: int, widths: Widths, num_sharing: int, store: StoreBytes) -> int:
+        """The most that one of the layers that share takes for so many tokens, with its part of what is common."""
 
     def share(self, layers: Sequence[KeptTokens], store: Store) -> list[Segment]:
         """A segment for each layer of a group; see `steno.cache.policy.Sharer`. The input is not changed."""

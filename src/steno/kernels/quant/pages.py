@@ -140,14 +140,16 @@ def _chosen(impl: str, x: Tensor) -> str:
     return impl
 
 
-def page_bytes(fmt: PageFormat, head_dim: int) -> int:
-    """Exact bytes of one page: codes and params of its keys and values."""
-    _check_format(fmt, head_dim)
-    codes = code_bytes(head_dim, PAGE_TOKENS, fmt.bits) + code_bytes(PAGE_TOKENS, head_dim, fmt.bits)
+def page_bytes(fmt: PageFormat, head_dim: int, value_dim: int | None = None) -> int:
+    """Exact bytes of one page: codes and params of its keys and values. value_dim: where it is not `head_dim`."""
+    value_dim = head_dim if value_dim is None else value_dim
+    for dim in (head_dim, value_dim):
+        _check_format(fmt, dim)
+    codes = code_bytes(head_dim, PAGE_TOKENS, fmt.bits) + code_bytes(PAGE_TOKENS, value_dim, fmt.bits)
     if fmt.codebook is not None:
-        book = CODEBOOKS[fmt.codebook]
-        return codes + sum(param_bytes(book, g, PAGE_TOKENS, head_dim) for g in (fmt.key_group, fmt.value_group))
-    num_groups = PAGE_TOKENS // fmt.key_group * head_dim + -(-head_dim // fmt.value_group) * PAGE_TOKENS
+        sides = ((fmt.key_group, head_dim), (fmt.value_group, value_dim))
+        return codes + sum(param_bytes(CODEBOOKS[fmt.codebook], group, PAGE_TOKENS, dim) for group, dim in sides)
+    num_groups = PAGE_TOKENS // fmt.key_group * head_dim + -(-value_dim // fmt.value_group) * PAGE_TOKENS
     return codes + num_groups * 2 * torch.float16.itemsize
 
 

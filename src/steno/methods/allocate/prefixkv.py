@@ -11,6 +11,7 @@ Cost: 50 interpolations of L curves per layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -83,7 +84,8 @@ class PrefixKV:
         return torch.full((num_heads,), count, dtype=torch.int64, device=scores.device)
 
 
-def layer_counts(curves: Tensor, num_tokens: int, budget_tokens: int, protected: int) -> list[int]:
+@lru_cache(maxsize=64)
+def layer_counts(curves: Tensor, num_tokens: int, budget_tokens: int, protected: int) -> tuple[int, ...]:
     """Tokens per layer that sum to L times the budget: `protected` ones, and those up to one share of attention for all.
 
     curves: `[L, POINTS]`, the share of its attention that a layer keeps with that share of its best tokens.
@@ -92,7 +94,7 @@ def layer_counts(curves: Tensor, num_tokens: int, budget_tokens: int, protected:
     room = num_tokens - min(protected, num_tokens)
     spare = num_layers * (budget - protected)
     if spare <= 0 or room == 0:
-        return [budget] * num_layers
+        return (budget,) * num_layers
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -102,7 +104,7 @@ def layer_counts(curves: Tensor, num_tokens: int, budget_tokens: int, protected:
             high = middle
     shares = kept_shares(curves, high).double() * room
     shares = shares * min(1.0, spare / float(shares.sum()))
-    return [protected + n for n in largest_remainder(shares.tolist(), [room] * num_layers, spare)]
+    return tuple(protected + n for n in largest_remainder(shares.tolist(), [room] * num_layers, spare))
 
 
 def kept_shares(curves: Tensor, share: float) -> Tensor:

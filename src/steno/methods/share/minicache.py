@@ -18,10 +18,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from steno.cache.policy import Store
+from steno.cache.policy import Store, StoreBytes
 from steno.cache.segment import HeadKV, Segment
 from steno.methods.checks import require_real
-from steno.types import KeptTokens, Need
+from steno.types import KeptTokens, Need, Widths
 
 
 @final
@@ -76,9 +76,19 @@ class MiniCache:
         pair = first + (layer_idx - first) // 2 * 2
         return range(pair, pair + 2) if pair + 2 <= num_layers else range(layer_idx, layer_idx + 1)
 
-    def fixed_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+    def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """One token more than the share that stays apart."""
-        return num_kv_heads * head_dim * 8 + 8
+        return widths.heads * (widths.keys + widths.values) * number_bytes + 8
+
+    def shared_bytes(self, num_tokens: int, widths: Widths, num_sharing: int, store: StoreBytes) -> int:
+        """Half of the common directions, two lengths of each head, and the tokens that stay apart with their places."""
+        merged = self._num_merged(num_tokens, store.chunk_tokens)
+        numbers = 2 * merged + (num_tokens - merged) * (widths.keys + widths.values)
+        common = -(-store.stored_bytes(merged, widths) // num_sharing)
+        return common + widths.heads * numbers * store.number_bytes + 4 * (num_tokens - merged)
+
+    def _num_merged(self, num_tokens: int, chunk_tokens: int) -> int:
+        return (num_tokens - math.ceil(self.retained * num_tokens)) // chunk_tokens * chunk_tokens
 
     def share(self, layers: Sequence[KeptTokens], store: Store) -> list[Segment]:
         """Segments with the directions of the pair in common."""
@@ -87,7 +97,7 @@ class MiniCache:
         )
         angles = torch.arccos(_cosine(*keys).clamp(-1, 1)).mean(0)  # [n]
         num_tokens = len(angles)
-        num_merged = (num_tokens - math.ceil(self.retained * num_tokens)) // store.chunk_tokens * store.chunk_tokens
+        num_merged = self._num_merged(num_tokens, store.chunk_tokens)
         apart = angles.argsort(descending=True, stable=True)[: num_tokens - num_merged].sort().values
         merged = torch.ones(num_tokens, dtype=torch.bool, device=apart.device)
         merged[apart] = False

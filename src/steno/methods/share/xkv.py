@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from steno.cache.latent import LatentSegment, LowRankBasis
-from steno.cache.policy import Store
+from steno.cache.policy import Store, StoreBytes
 from steno.cache.segment import Segment
 from steno.methods.checks import require_int, require_real
-from steno.types import KeptTokens, Need
+from steno.types import KeptTokens, Need, Widths
 
 
 @final
@@ -76,10 +76,17 @@ class XKV:
     def _ranks(self, width: int) -> tuple[int, int]:
         return max(1, round(width * self.key_share)), max(1, round(width * self.value_share))
 
-    def fixed_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
-        """A layer's own factors, at most fp32, and the frequencies of RoPE."""
-        channels = num_kv_heads * head_dim
-        return channels * sum(self._ranks(min(self.layers, num_layers) * channels)) * 4 + head_dim * 2
+    def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
+        """A layer's own factors, and the frequencies of RoPE."""
+        channels = widths.heads * widths.keys
+        return channels * sum(self._ranks(min(self.layers, num_layers) * channels)) * number_bytes + 2 * widths.keys
+
+    def shared_bytes(self, num_tokens: int, widths: Widths, num_sharing: int, store: StoreBytes) -> int:
+        """A layer's own factors, of no more ranks than tokens, and its part of the short vectors and of their positions."""
+        channels = widths.heads * widths.keys
+        keys, values = (min(rank, num_tokens) for rank in self._ranks(num_sharing * channels))
+        common = store.stored_bytes(num_tokens, Widths(heads=1, keys=keys, values=values)) + 4 * num_tokens
+        return -(-common // num_sharing) + channels * (keys + values) * store.number_bytes + 2 * widths.keys
 
     def share(self, layers: Sequence[KeptTokens], store: Store) -> list[Segment]:
         """Segments with the short vectors of the group in common, each with the factors of its own layer."""

@@ -18,7 +18,7 @@ from typing import ClassVar, final
 from steno.cache.transformed import Basis
 from steno.methods.checks import require_int, require_real, require_text
 from steno.methods.transform.moments import low_rank_basis
-from steno.types import KeptTokens, Need
+from steno.types import KeptTokens, Need, Widths
 
 
 @final
@@ -93,9 +93,15 @@ class CSKV:
         key, value = (max(1, int(x * head_dim)) * num_kv_heads for x in (self.key_density, self.value_density))
         return key, value
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
-        """The directions of all channels, at most fp32, and the frequencies of RoPE."""
-        return num_kv_heads * head_dim * sum(self._ranks(num_kv_heads, head_dim)) * 4 + head_dim * 2
+    def stored(self, widths: Widths) -> Widths:
+        """One narrow vector for all heads, and an int32 position."""
+        keys, values = self._ranks(widths.heads, widths.keys)
+        return Widths(heads=1, keys=keys, values=values, beside=widths.beside + 4)
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
+        """The directions of all channels, and the frequencies of RoPE."""
+        heads, dim = widths.heads, widths.keys
+        return heads * dim * sum(self._ranks(heads, dim)) * number_bytes + 2 * dim
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The principal directions of this layer over all its heads, of the calibration text or of this prompt."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steno.cache.transformed import Basis, MatrixBasis
-from steno.types import PAGE_TOKENS, KeptTokens, Need
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Widths
 
 
 @final
@@ -57,9 +57,12 @@ class Hadamard:
     def residual_tokens(self) -> int:
         return PAGE_TOKENS
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+    def stored(self, widths: Widths) -> Widths:
+        return widths
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """One matrix `[D, D]` fp32 for all heads and layers, or two where a transform before this one left unequal widths."""
-        return -(-2 * head_dim**2 * 4 // num_layers)
+        return -(-4 * sum(d**2 for d in {widths.keys, widths.values}) // num_layers)
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The rotation of these widths, whatever the tokens."""

@@ -20,7 +20,7 @@ from typing import ClassVar, final
 from steno.cache.transformed import Basis
 from steno.methods.checks import require_int, require_real, require_text
 from steno.methods.transform.moments import low_rank_basis
-from steno.types import PAGE_TOKENS, KeptTokens, Need
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Widths
 
 
 @final
@@ -96,10 +96,16 @@ class Palu:
     def _ranks(self, width: int) -> tuple[int, int]:
         return max(1, round(width * self.key_share)), max(1, round(width * self.value_share))
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
-        """The directions of every group, at most fp32, and the frequencies of RoPE."""
-        width = self._group(num_kv_heads) * head_dim
-        return num_kv_heads * head_dim * sum(self._ranks(width)) * 4 + head_dim * 2
+    def stored(self, widths: Widths) -> Widths:
+        """A latent for each group, and an int32 position."""
+        group = self._group(widths.heads)
+        keys, values = self._ranks(group * widths.keys)
+        return Widths(heads=widths.heads // group, keys=keys, values=values, beside=widths.beside + 4)
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
+        """The directions of every group, and the frequencies of RoPE."""
+        group = self._group(widths.heads)
+        return widths.heads * widths.keys * sum(self._ranks(group * widths.keys)) * number_bytes + 2 * widths.keys
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The principal directions of this layer, of the calibration text or of this prompt."""

@@ -10,7 +10,7 @@ Cost: 2 Hkv D N FLOPs per token once and again per step, N = heads * D, to resto
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -22,7 +22,7 @@ from steno.calibration import load_calibration
 from steno.errors import CalibrationError
 from steno.methods.checks import require_int, require_text
 from steno.methods.transform.hadamard import rotation_on
-from steno.types import PAGE_TOKENS, KeptTokens, Need
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Widths
 
 
 @final
@@ -94,11 +94,15 @@ class RotateKV:
     def _group(self, num_kv_heads: int) -> int:
         return max(g for g in range(1, min(self.heads, num_kv_heads) + 1) if num_kv_heads % g == 0)
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+    def stored(self, widths: Widths) -> Widths:
+        """The same numbers, and an int32 position."""
+        return replace(widths, beside=widths.beside + 4)
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """Both rotations fp32, the same for all layers, the order of channels and back int64, and the frequencies of RoPE."""
-        width = self._group(num_kv_heads) * head_dim
-        rotations = -(-4 * (width**2 + head_dim**2) // num_layers)
-        return rotations + 2 * 8 * num_kv_heads * head_dim + 2 * head_dim
+        heads, dim = widths.heads, widths.keys
+        rotations = -(-4 * ((self._group(heads) * dim) ** 2 + dim**2) // num_layers)
+        return rotations + 2 * 8 * heads * dim + 2 * dim
 
     def fit(self, tokens: KeptTokens) -> Basis:
         """The rotations of these widths, and channels in ascending order of their means after rotation."""

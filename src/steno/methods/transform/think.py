@@ -9,7 +9,7 @@ Cost: two sums of squares over what is kept of the prompt; per step a gather of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steno.cache.transformed import ALL_HEADS, Basis, HeadBasis
 from steno.methods.checks import require_int, require_real
-from steno.types import PAGE_TOKENS, KeptTokens, Need
+from steno.types import PAGE_TOKENS, KeptTokens, Need, Widths
 
 
 @final
@@ -82,9 +82,13 @@ class ThinK:
     def residual_tokens(self) -> int:
         return PAGE_TOKENS
 
-    def basis_bytes(self, num_kv_heads: int, head_dim: int, num_layers: int) -> int:
+    def stored(self, widths: Widths) -> Widths:
+        """Fewer channels of keys."""
+        return replace(widths, keys=self._num_channels(widths.keys))
+
+    def basis_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """The channels that stay, int64."""
-        return num_kv_heads * self._num_channels(head_dim) * 8
+        return widths.heads * self._num_channels(widths.keys) * 8
 
     def _num_channels(self, head_dim: int) -> int:
         return max(1, head_dim - int(head_dim * self.ratio))
