@@ -112,7 +112,8 @@ def test_bytes_are_codes_scales_places_and_outliers(n, heads, dim, bits, share, 
     of_channels, of_tokens = dim * (2 + 2), n * (2 + 2)  # a scale and a middle in fp16
     outliers = 2 * int(share / 2 * n + 0.5) * dim + int(share * n * dim)  # at both ends of each channel; of all values
     places = 4 * n if step > 1 else 0
-    head = 2 * codes + of_channels + of_tokens + outliers * (4 + 2) + places
+    levels = 16 * 4  # a table
+    head = 2 * (codes + levels) + of_channels + of_tokens + outliers * (4 + 2) + places
     assert held_bytes(KVQuant(bits=bits, outliers=share).encode(tokens)) == heads * head + dim // 2 * 4
 
 
@@ -120,7 +121,8 @@ def test_bytes_of_calibrated_outliers_end_at_their_share(tmp_path):
     keys, values = draw(n=128)
     method = KVQuant(statistics=a_file(tmp_path, keys), outliers=0.02)
     codes, of_channels, of_tokens = 128 * 4 // 32 * 4 * 64, 64 * (2 + 2), 128 * (2 + 2)
-    head = 2 * codes + of_channels + of_tokens + 2 * int(0.02 * 128 * 64) * (4 + 2)
+    levels = 16 * 4  # a table, of the layer
+    head = 2 * (codes + levels) + of_channels + of_tokens + 2 * int(0.02 * 128 * 64) * (4 + 2)
     assert held_bytes(encoded(method, 10 * keys, values, rope=None)) == head
 
 

@@ -36,6 +36,7 @@ class Matrices:
     codes: `[P, bytes]` uint8. params, fp16: `[P, 2, groups, R]`, scales and minima of whole numbers (`quantize_groups`); or
     of codes that stand for levels the scales alone: `[P, groups, R]` for groups of columns, or, by_column,
     `[P, groups, C in whole blocks]` for groups of rows; or None where codes are multiplied by nothing.
+    levels: those of a format, or, fitted to what is stored, `[16]` fp32, repeated to so many.
     """
 
     codes: Tensor
@@ -44,7 +45,7 @@ class Matrices:
     columns: int
     bits: int
     group: int
-    levels: tuple[float, ...] | None = None
+    levels: tuple[float, ...] | Tensor | None = None
     by_column: bool = False
 
     @property
@@ -74,7 +75,7 @@ class Matrices:
         if self.levels is None:
             assert self.params is not None
             return dequantize_groups(codes, self.params, group=self.group, dtype=dtype)
-        numbers = torch.tensor(self.levels, device=codes.device)[codes.long()]
+        numbers = _level_table(self.levels).to(codes.device)[codes.long()]
         if self.params is None:
             return numbers.to(dtype)
         scales = self.params.float()
@@ -99,7 +100,7 @@ def pack_plain(codes: Tensor, *, bits: int) -> Matrices:
     return pack_levels(codes, bits=bits, levels=tuple(float(i) for i in range(2**bits)), scales=None)
 
 
-def pack_levels(codes: Tensor, *, bits: int, levels: tuple[float, ...], scales: Tensor | None) -> Matrices:
+def pack_levels(codes: Tensor, *, bits: int, levels: tuple[float, ...] | Tensor, scales: Tensor | None) -> Matrices:
     """Codes `[P, R, C]` uint8 of 4, 2 or 1 bits that stand for levels, times scales `[P, 1, R]` fp16 of their rows or None."""
     _, rows, columns = codes.shape
     return Matrices(
@@ -163,9 +164,18 @@ def _grouped(matrix: Tensor, group: int) -> Tensor:
     return pad(matrix, (0, -columns % group), value=torch.nan).unflatten(2, (-1, group))
 
 
+def _level_table(levels: tuple[float, ...] | Tensor) -> Tensor:
+    return levels if isinstance(levels, Tensor) else _constant_table(levels)
+
+
 @lru_cache(maxsize=16)
-def _level_table(levels: tuple[float, ...]) -> Tensor:
-    return torch.tensor((levels * 16)[:16])
+def _constant_table(levels: tuple[float, ...]) -> Tensor:
+    return table_of(torch.tensor(levels))
+
+
+def table_of(levels: Tensor) -> Tensor:
+    """At most 16 levels as native code looks them up, `[16]` fp32: repeated."""
+    return levels.float().repeat(16)[:16].clone()
 
 
 def row_products(x: Tensor, matrices: Matrices) -> Tensor:

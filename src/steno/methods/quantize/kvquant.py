@@ -10,8 +10,8 @@ Differs: without a calibration file channel thresholds are the quantiles of the 
     the first token is not kept apart.
 Cost: without a file, k-means over at most 8192 numbers of a head when a chunk closes. Per step values are read as packed codes,
     and keys are opened and rotated 512 tokens at a time, as the rotation differs from token to token. Per value bits, 48
-    bits for each outlier, 32 / n per key (n tokens encoded together), 32 / D per value. Not in the bytes that are reported:
-    without a file, the 2**bits levels of keys and of values of each head and chunk.
+    bits for each outlier, 32 / n per key (n tokens encoded together), 32 / D per value. A table of
+    levels takes 64 bytes: two for a layer with a file, without one two for each head and chunk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from steno.calibration import load_calibration
 from steno.errors import CalibrationError
 from steno.kernels.quant.codebooks import nearest_levels
 from steno.kernels.quant.groups import MIN_SCALE, as_half
-from steno.kernels.quant.matrices import Matrices, column_products, pack_levels
+from steno.kernels.quant.matrices import Matrices, column_products, pack_levels, table_of
 from steno.kernels.quant.packing import code_bytes
 from steno.methods.checks import require_choice, require_multiple, require_real, require_text
 from steno.methods.quantize.before_rope import held_positions, rotated
@@ -75,8 +75,8 @@ class Fitted:
     """What is fixed for a layer. key_ends: low and high `[2, Hkv, D]`, what is beyond is an outlier; levels: keys, values."""
 
     key_ends: Tensor
-    key_levels: tuple[float, ...]
-    value_levels: tuple[float, ...]
+    key_levels: Tensor
+    value_levels: Tensor
 
 
 @lru_cache(maxsize=256)
@@ -86,9 +86,7 @@ def _fitted(low: Tensor, high: Tensor, key: Tensor, value: Tensor, layer_idx: in
     below = max(0, above - 1)
     part = 0.0 if above == below else (tail - TAILS[below]) / (TAILS[above] - TAILS[below])
     ends = torch.stack([torch.lerp(x[layer_idx, ..., below], x[layer_idx, ..., above], part) for x in (low, high)])
-    return Fitted(
-        key_ends=ends, key_levels=tuple(key[layer_idx].tolist()), value_levels=tuple(value[layer_idx].tolist())
-    )
+    return Fitted(key_ends=ends, key_levels=table_of(key[layer_idx]), value_levels=table_of(value[layer_idx]))
 
 
 def value_frame(values: Tensor, outliers: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,19 +304,22 @@ class KVQuant:
         )
 
     def bytes_bound(self, num_tokens: int, *, num_kv_heads: int, head_dim: int) -> int | None:
-        """Codes, thresholds, scales, positions and outliers."""
+        """Codes, levels, thresholds, scales, positions and outliers."""
         codes = 2 * -(-num_tokens // PAGE_TOKENS) * code_bytes(PAGE_TOKENS, head_dim, self.bits)
-        tables = 4 * head_dim + 4 * num_tokens + 4 * num_tokens
+        tables = 4 * head_dim + 4 * num_tokens + 4 * num_tokens + 2 * 64
         key_outliers = head_dim * (self.outliers * num_tokens + 2) * 6
         return num_kv_heads * int(codes + tables + key_outliers + self.outliers * num_tokens * head_dim * 6 + 8)
 
 
-def _pack(normal: Tensor, scales: Tensor | None, bits: int, levels: tuple[float, ...] | None) -> Matrices:
-    """Numbers `[n, D]`, of which those in [-1, 1] count, in these levels or those that fit best; scales `[n]` or None."""
+def _pack(normal: Tensor, scales: Tensor | None, bits: int, levels: Tensor | None) -> Matrices:
+    """Numbers `[n, D]`, of which those in [-1, 1] count, in these levels or those that fit best; scales `[n]` or None.
+
+    levels: a table `[16]`, of `2**bits`.
+    """
     if levels is None:
         inside = normal[normal.abs() <= 1]
-        levels = fit_levels(inside, bits) if len(inside) else (0.0,) * 2**bits
-    codes = nearest_levels(normal.nan_to_num(0.0), normal.new_tensor(levels)).to(torch.uint8)
+        levels = table_of(torch.tensor(fit_levels(inside, bits) if len(inside) else (0.0,) * 2**bits))
+    codes = nearest_levels(normal.nan_to_num(0.0), levels[: 2**bits].to(normal)).to(torch.uint8)
     pages = codes.unflatten(0, (-1, PAGE_TOKENS))  # [P, 64, D]
     params = None if scales is None else scales.half().view(len(pages), 1, PAGE_TOKENS)
     return pack_levels(pages, bits=bits, levels=levels, scales=params)
