@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import steno
 from steno.calibration import save_calibration
+from steno.context import Context
 from steno.errors import BudgetError, RecipeError
 from steno.methods import KINDS, METHODS, TRANSFORMS, Method, describe_methods
 from steno.pipeline import with_weights
@@ -120,13 +121,18 @@ def tiny_models(folder: Path) -> Tiny:
     )
 
 
+def read(tiny: Tiny, text: str) -> Context:
+    """The prompt as a recipe keeps it, of the model that it is tried on."""
+    recipe = parse_recipe(text.format(learned=tiny.learned))
+    recipe = with_weights(recipe, lambda name, command: str(tiny.learned / f"{name}.safetensors"))
+    lm, tokens = tiny.seeing if Need.IMAGE_MASK in recipe.needs else tiny.plain
+    return lm.read_tokens(tokens, recipe)
+
+
 def refusal(tiny: Tiny, text: str) -> str:
     """Why a recipe cannot be, in its own words, or nothing if it reads, decodes with finite output and keeps its invariants."""
     try:
-        recipe = parse_recipe(text.format(learned=tiny.learned))
-        recipe = with_weights(recipe, lambda name, command: str(tiny.learned / f"{name}.safetensors"))
-        lm, tokens = tiny.seeing if Need.IMAGE_MASK in recipe.needs else tiny.plain
-        ctx = lm.read_tokens(tokens, recipe)
+        ctx = read(tiny, text)
     except BudgetError:
         raise  # the budget is large enough for every method
     except RecipeError as error:

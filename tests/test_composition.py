@@ -18,13 +18,14 @@ from composition import (
     compositions,
     methods_table,
     pairs,
+    read,
     recipe_of,
     refusal,
     refusals,
     tiny_models,
     with_part,
 )
-from steno.methods import KINDS, METHODS
+from steno.methods import ALLOCATORS, KINDS, METHODS
 from steno.recipe import parse_recipe
 from steno.types import Need
 from tiny_vlm import build
@@ -89,3 +90,19 @@ def test_the_images_of_the_prompt_are_seen(tiny: Tiny) -> None:
         a, b = (m(ids, past_key_values=steno.KVCache(m.config)).logits[0, -1] for m in (lm.model, blind))
     assert (a - b).abs().max() > 0.1
     assert len(tokens) == len(tiny.plain.tokens) == PROMPT_TOKENS
+
+
+@pytest.mark.parametrize("budget", ["20%", "40%", "30% of bytes"])
+@pytest.mark.parametrize("allocate", [name for name, cls in ALLOCATORS.items() if cls.by_layer])
+@pytest.mark.parametrize(
+    "propagate", ["fastkv", "fastkv(layer=0, share=0.4)", f"videollm_mod({ARGUMENTS['videollm_mod']})"]
+)
+def test_layers_divide_a_budget_that_holds_where_tokens_go_round_some(
+    tiny: Tiny, propagate: str, allocate: str, budget: str
+) -> None:
+    report = read(tiny, f"{propagate} | keydiff | {allocate} @ {budget}").report()
+    share = int(budget.split("%")[0]) / 100
+    if "bytes" in budget:
+        assert report.kv_bytes <= share * report.kv_bytes_full
+    else:
+        assert report.held_tokens_mean <= share * PROMPT_TOKENS + 1  # steps of pyramidkv are whole tokens
