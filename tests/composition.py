@@ -9,9 +9,10 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,16 +21,20 @@ if __name__ == "__main__":
 
 import steno
 from steno.calibration import save_calibration
+from steno.context import Context
 from steno.errors import BudgetError, RecipeError
 from steno.methods import KINDS, METHODS, TRANSFORMS, Method, describe_methods
 from steno.pipeline import with_weights
 from steno.recipe import parse_recipe
+from steno.session import LanguageModel
 from steno.types import Need
 from tiny import prompt, save_with_bytes
+from tiny_vlm import build, inputs, show
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
-PROMPT_TOKENS, BUDGET_TOKENS, NEW_TOKENS = 150, 100, 3
-"""More than a page of 64 is kept, more than a page is dropped or merged in all, and what is kept is no multiple of a page."""
+PROMPT_TOKENS, PROMPT_IMAGES, BUDGET_TOKENS, NEW_TOKENS = 204, 10, 140, 3
+"""More than two pages of 64 are kept, of image tokens alone more than one, more than a page is dropped or merged in all, and
+what is kept is no multiple of a page."""
 CHOOSES = "keydiff"
 """The scorer of pairs that need one and have none."""
 ARGUMENTS = {
@@ -37,19 +42,17 @@ ARGUMENTS = {
     "quest": "tokens=64, dense_layers=0",
     "palu": "key_share=0.25, value_share=0.25",
     "cskv": "key_density=0.25, value_density=0.25",
+    "videollm_mod": "share=0.7, router='{learned}/videollm_mod.safetensors'",
 }
 """Arguments under which a method does something with so short a prompt, and leaves widths other than a head's: half of two
-heads would be as wide as one."""
-
-TRIED = {id: cls for id, cls in METHODS.items() if Need.IMAGE_MASK not in cls.needs}
-"""Methods that look at images meet the others on vision models, in tests/host."""
+heads would be as wide as one. `{learned}` stands for that folder of `Tiny`."""
 
 Pair = tuple[type[Method], type[Method]]
 
 
 def pairs() -> list[Pair]:
     """All pairs of methods of different kinds in the order of a recipe, and of transforms in any, also one twice."""
-    ordered = sorted(TRIED.values(), key=lambda cls: KINDS.index(cls.kind))
+    ordered = sorted(METHODS.values(), key=lambda cls: KINDS.index(cls.kind))
     return [(a, b) for a, b in combinations(ordered, 2) if a.kind != b.kind] + list(
         product(TRANSFORMS.values(), repeat=2)
     )
@@ -71,8 +74,27 @@ LEARNED: dict[str, dict[str, tuple[int, ...]]] = {
     "prefixkv": {"curves": (3, 101)},
     "commvq": {"key_centres": (3, 2, 2, 64, 12), "value_rows_2": (3, 2, 25, 12), "value_rows_1": (3, 2, 13, 12)},
     "razorattention": {"induction": (3, 2), "echo": (3, 2)},
+    "videollm_mod": {"router": (3, 48)},
 }
-"""What methods learn of the tiny model: 3 layers, 2 KV heads of 2 query heads, 12 dimensions each."""
+"""What methods learn of a tiny model: 3 layers, 2 KV heads of 2 query heads, 12 dimensions each."""
+
+
+class Host(NamedTuple):
+    """A tiny model as the session knows it, and the tokens of a prompt for it."""
+
+    lm: LanguageModel
+    tokens: list[int]
+
+
+class Tiny(NamedTuple):
+    """Where recipes are tried: on a language model, and those that look at images on one that sees some in its prompt.
+
+    learned: the folder of what methods learned of models of this shape, which is the same of both.
+    """
+
+    plain: Host
+    seeing: Host
+    learned: Path
 
 
 def tiny_language_model(folder: Path) -> tuple[Any, Path]:
@@ -86,12 +108,31 @@ def tiny_language_model(folder: Path) -> tuple[Any, Path]:
     return steno.load(save_with_bytes(folder / "llama", "llama"), dtype="fp32"), folder
 
 
-def refusal(tiny: tuple[Any, Path], text: str) -> str:
+def tiny_models(folder: Path) -> Tiny:
+    """The tiny language model and a llava around the like of it, with the same tokenizer."""
+    lm, learned = tiny_language_model(folder)
+    given = inputs("llava", images=PROMPT_IMAGES)
+    model = build("llava", vocab_size=len(lm.tokenizer))
+    show(model, given["pixel_values"])
+    return Tiny(
+        plain=Host(lm, prompt(PROMPT_TOKENS)[0].tolist()),
+        seeing=Host(LanguageModel(replace(lm.loaded, model=model, name="llava")), given["input_ids"][0].tolist()),
+        learned=learned,
+    )
+
+
+def read(tiny: Tiny, text: str) -> Context:
+    """The prompt as a recipe keeps it, of the model that it is tried on."""
+    recipe = parse_recipe(text.format(learned=tiny.learned))
+    recipe = with_weights(recipe, lambda name, command: str(tiny.learned / f"{name}.safetensors"))
+    lm, tokens = tiny.seeing if Need.IMAGE_MASK in recipe.needs else tiny.plain
+    return lm.read_tokens(tokens, recipe)
+
+
+def refusal(tiny: Tiny, text: str) -> str:
     """Why a recipe cannot be, in its own words, or nothing if it reads, decodes with finite output and keeps its invariants."""
-    lm, folder = tiny
     try:
-        recipe = with_weights(parse_recipe(text), lambda name, command: str(folder / f"{name}.safetensors"))
-        ctx = lm.read_tokens(prompt(PROMPT_TOKENS)[0].tolist(), recipe)
+        ctx = read(tiny, text)
     except BudgetError:
         raise  # the budget is large enough for every method
     except RecipeError as error:
@@ -109,7 +150,7 @@ def compositions(refused: dict[Pair, str]) -> str:
     """The table of what goes with what, and the reasons where something does not."""
     head = ["", *KINDS]
     lines = [head, ["---"] * len(head)]
-    for cls in sorted(TRIED.values(), key=lambda cls: KINDS.index(cls.kind)):
+    for cls in sorted(METHODS.values(), key=lambda cls: KINDS.index(cls.kind)):
         lines.append([f"`{cls.id}`", *(_partners(cls, kind, refused) for kind in KINDS)])
     reasons: dict[str, list[Pair]] = {}
     for (a, b), text in refused.items():
@@ -167,14 +208,14 @@ def with_part(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
-def refusals(tiny: tuple[Any, Path], some: Sequence[Pair]) -> dict[Pair, str]:
+def refusals(tiny: Tiny, some: Sequence[Pair]) -> dict[Pair, str]:
     """The reason of each pair that cannot be in one recipe."""
     return {pair: reason for pair in some if (reason := refusal(tiny, recipe_of(pair)))}
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        refused = refusals(tiny_language_model(Path(folder)), pairs())
+        refused = refusals(tiny_models(Path(folder)), pairs())
     page = with_part(PAGE.read_text(encoding="utf-8"), "methods", methods_table())
     PAGE.write_text(with_part(page, "compositions", compositions(refused)), encoding="utf-8")
 

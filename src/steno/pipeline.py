@@ -9,6 +9,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steno.bytes_budget import LayerRoom
 from steno.cache.policy import (
@@ -123,7 +124,7 @@ class RecipePolicy:
         else:
             tokens = self._room(kv, num_layers, whole).sure_tokens()
         self.check_budget(tokens, num_tokens)
-        return tokens if self.evictor is not None else min(tokens, num_tokens)
+        return tokens if self.evictor is not None else min(tokens, whole)
 
     def check_budget(self, tokens: int, num_tokens: int) -> None:
         """Raises BudgetError if `tokens` cannot hold what the scorer protects of a prompt of `num_tokens`."""
@@ -189,7 +190,7 @@ class RecipePolicy:
         state = None
         if self.evictor is not None and (evictor := self.recipe.evictor) is not None:
             state = evictor.prefill_state(kv, observation)
-        if observation.budget_tokens >= kv.num_tokens:
+        if observation.budget_tokens >= self._divided_tokens(kv.num_tokens, observation):
             return Selection(kv=kv, state=list(state) if state is not None else None)
         if allocation is not None:
             scores, counts = allocation.scores, allocation.counts
@@ -250,15 +251,23 @@ class RecipePolicy:
             scores = score.score(kv, observation)
         return _mean_score([scores]) if self.heads_together else scores
 
+    def _divided_tokens(self, num_tokens: int, observation: Observation) -> int:
+        """The tokens that a budget is laid out for: those of a layer, or of the whole prompt where layers divide it."""
+        if self.recipe.allocate is None or not self.recipe.allocate.by_layer:
+            return num_tokens
+        return observation.prompt_tokens or num_tokens
+
     def _counts(self, scores: Tensor, observation: Observation) -> list[int]:
         """How many tokens each head keeps."""
+        num_tokens = scores.shape[1]
+        gone = self._divided_tokens(num_tokens, observation) - num_tokens  # round this layer
         counts = (self.recipe.allocate or Uniform()).allocate(
-            scores,
+            pad(scores, (0, gone), value=-torch.inf),
             budget_tokens=observation.budget_tokens,
             layer_idx=observation.layer_idx,
             num_layers=observation.num_layers,
         )
-        return self._of_heads(counts)
+        return self._of_heads(counts.clamp(max=num_tokens))
 
     def _of_heads(self, counts: Tensor) -> list[int]:
         """The counts of the heads of a layer, all the same where they keep their tokens together."""

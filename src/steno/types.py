@@ -113,6 +113,7 @@ class Observation:
     image_mask: `[S]` bool, which tokens are image or video tokens.
     replay_mass: `[Hkv, S]` fp32, largest attention in the reconstruction of the context.
     positions: `[S]` int64, the true ones of these tokens, ascending, where some went round the layer; None: 0 .. S - 1.
+    prompt_tokens: of the whole prompt, more than S where some went round the layer; None: S.
     scaling, softcap: of the logits, `softcap * tanh(scaling * q.k / softcap)`, plain where softcap is None.
     budget_tokens: what the layer may keep, tokens per KV head on average.
     """
@@ -133,6 +134,7 @@ class Observation:
     image_mask: Tensor | None = None
     replay_mass: Tensor | None = None
     positions: Tensor | None = None
+    prompt_tokens: int | None = None
 
     def index_of(self, positions: Tensor) -> Tensor:
         """Where tokens of these true positions stand among the S."""

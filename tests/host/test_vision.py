@@ -149,17 +149,20 @@ def test_fastkv_sends_on_a_part_of_the_image(name: str) -> None:
     assert cache.held_tokens() == [[[n, n]] for n in (total, total // 2, total // 2)]
 
 
+@pytest.mark.parametrize("recipe", ["vidkv_stp", "fastkv(layer=0, share=0.8) | vidkv_stp"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_vidkv_protects_image_tokens_alone(name: str) -> None:
+def test_vidkv_protects_image_tokens_alone(name: str, recipe: str) -> None:
     model, given = hosted(name), inputs(name, images=9)
-    cache = cache_of(model, "vidkv_stp", given)
+    ids = given["input_ids"][0]
+    cache = cache_of(model, recipe, given)
     with torch.no_grad(), cache.watching(model):
         model(**given, past_key_values=cache)
     for layer in cache.own_layers:
-        for head in layer.content.rows[0].segments[0].heads:
+        heads = layer.content.rows[0].segments[0].heads
+        for head, positions in zip(heads, layer.content.positions(0, len(ids)), strict=True):
             (chosen,) = unpack_kept(head.fine.chosen)
             assert len(chosen) == 64
-            assert (given["input_ids"][0, chosen] == IMAGE).all()
+            assert (ids[positions[chosen]] == IMAGE).all()
 
 
 def test_errors() -> None:

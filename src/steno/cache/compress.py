@@ -59,6 +59,7 @@ def compress_rows(
                 num_layers=num_layers,
                 budget_tokens=budget,
                 replay_mass=layer.replay_mass,
+                prompt_tokens=num_tokens,
             )
             selection = policy.select(kv, observation, allocation)
         if policy.evictor is not None:

@@ -80,7 +80,14 @@ class PromptObserver:
             self.num_statistics += block.shape[1]
 
     def observation(
-        self, kv: LayerKV, *, layer_idx: int, num_layers: int, budget_tokens: int, replay_mass: Tensor | None
+        self,
+        kv: LayerKV,
+        *,
+        layer_idx: int,
+        num_layers: int,
+        budget_tokens: int,
+        replay_mass: Tensor | None,
+        prompt_tokens: int | None = None,
     ) -> Observation:
         """What was gathered, in the form that methods get; kv: the tokens that were read."""
         mean = covariance = None
@@ -105,6 +112,7 @@ class PromptObserver:
             image_mask=self.is_image,
             replay_mass=replay_mass,
             positions=kv.positions if self.policy.router is not None else None,
+            prompt_tokens=prompt_tokens,
         )
 
     def _plain_keys(self, kv: LayerKV) -> Tensor | None:

@@ -134,7 +134,11 @@ class Allocator(Method, Protocol):
     a layer above the budget."""
 
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
-        """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers."""
+        """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers.
+
+        Where it gives layers different budgets (`by_layer`), S is that of the whole prompt in every layer, and tokens that
+        went round this one come last, with -inf.
+        """
 
 
 class Merger(Method, Protocol):
