@@ -62,9 +62,10 @@ def nearest_codewords(x: Tensor, centres: Tensor) -> Tensor:
     lengths = norms[:, None] + norms + 2 * centres @ other.T  # [a, b], squared
     found = []
     for part in x.split(BLOCK):
-        first, second = part @ centres.T, part @ other.T  # [n, 64]
-        distances = torch.sub(lengths - 2 * first[:, :, None], second[:, None], alpha=2)
-        found.append(distances.flatten(1).argmin(1))
+        first, second = 2 * centres @ part.T, 2 * other @ part.T  # [64, n]
+        rest = torch.stack([(row[:, None] - second).amin(0) for row in lengths])  # [a, n], with its best b
+        a = (rest - first).argmin(0)
+        found.append(CENTRES * a + (lengths[a] - second.T).argmin(1))
     return torch.cat(found) if found else x.new_zeros(0, dtype=torch.int64)
 
 
