@@ -95,7 +95,7 @@ def by_budget(
         False: ("Three budgets", "A budget is a share of the tokens."),
         True: (
             "Three budgets in bytes",
-            "A budget is a share of the bytes of the full cache, of which a method holds as many tokens as surely fit, all where "
+            "A budget is a share of the bytes of the full cache, of which a method holds as many tokens as fit, all where "
             "they do; bases and indexes count, and with few tokens they leave little, or no, room for them.",
         ),
     }

@@ -25,12 +25,12 @@ from steno.bench.run import Bench, Tick, open_rows, run, todo, work_tokens
 from steno.bench.summary import Subject
 from steno.cli.bench import DEFAULT_CONTEXT, DEFAULT_RECIPES, DEFAULT_SAMPLES, DEFAULT_TASK
 from steno.cli.show import megabytes
+from steno.cli.status import FAILED, INTERRUPTED
 from steno.errors import BadArgument
 from steno.models.load import DEFAULT_MODEL
 from steno.recipe import parse_recipe
 from steno.session import LanguageModel, load
 
-FAILED, INTERRUPTED = 1, 130
 RowDone = Callable[[Row], None]
 
 

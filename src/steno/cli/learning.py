@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from steno.cli.document import language_reference, read_document, whole_reference
+from steno.cli.status import INTERRUPTED
 from steno.errors import BadArgument, nearest
 from steno.learn import LEARNERS, Command
 from steno.models.default import DEFAULT_MODEL
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: Command) -> None:

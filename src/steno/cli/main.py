@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from steno.cli import ask, bench, calibrate, info, methods, read, store, train, verify
+from steno.cli.status import FAILED, INTERRUPTED, WRONG_USAGE
 from steno.errors import BadArgument, CalibrationError, StenoError, StenoWarning
 from steno.version import VERSION
 
@@ -18,7 +19,6 @@ COMMANDS = {
     "ask": ask, "read": read, "info": info, "verify": verify, "bench": bench, "methods": methods, "calibrate": calibrate,
     "train": train, "store": store,
 }  # fmt: skip
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:

@@ -50,10 +50,10 @@ class Budget:
     share : Fraction or float
         Share of the prompt, above 0 and at most 1; kept exactly to 12 decimals.
     bytes : int
-        Bytes of the whole sequence, all layers.
+        Bytes of the whole sequence, all layers that the recipe compresses; those of sliding windows hold theirs beside it.
     bytes_share : Fraction or float
-        Share of the bytes that the prompt takes in a full cache of the model's dtype, above 0 and at most 1. Like `bytes` it
-        counts everything that is held, and so includes what a method stores beside the tokens.
+        Share of the bytes that the prompt takes in these layers of a full cache of the model's dtype, above 0 and at most
+        1. Like `bytes` it counts everything that is held, and so includes what a method stores beside the tokens.
 
     Raises
     ------
