@@ -143,6 +143,11 @@ class LayerRoom:
                 best, low = found, tokens
         return best
 
+    def most_alike(self, sure: int) -> int:
+        """The most tokens, at least `sure`, that fit where every head keeps as many."""
+        heads = self.plain.heads
+        return self.most(lambda n: n if self.bytes_of([n] * heads) <= self.num_bytes else None, sure) or sure
+
     def bytes_of(self, lengths: Sequence[int], *, is_ragged: bool = False) -> int:
         """Bytes at most of heads that keep so many tokens. is_ragged: they are stored as if these differed."""
         unit = self.unit if len(set(lengths)) == 1 and not is_ragged else self.chunk_tokens

@@ -157,6 +157,8 @@ class RecipePolicy:
         room = self._room(kv, observation.num_layers, kv.num_tokens, num_sharing=1)
         if self.recipe.allocate is not None and self.recipe.allocate.by_layer:
             return self._select_by_layer(kv, observation, room)
+        if self.recipe.allocate is None and self.recipe.merge is None:
+            return self._select(kv, replace(observation, budget_tokens=room.most_alike(observation.budget_tokens)))
 
         def attempt(tokens: int) -> Selection | None:
             found = self._select(kv, replace(observation, budget_tokens=tokens))
@@ -282,14 +284,13 @@ class RecipePolicy:
             return [Selection(kv=kv) for kv in kvs]
         seen = [_shown_to(score, observation) for observation in observations]
         scores = _mean_score([score.score(kv, x) for kv, x in zip(kvs, seen, strict=True)])
-        num_heads = kvs[0].num_kv_heads
         per_head = [n for x in seen for n in self._counts(scores, x)]  # layers may have budgets of their own
         count = sum(per_head) // len(per_head)
         apart = self.recipe.allocate is None or not self.recipe.allocate.by_layer
         if apart and self._can_grow(kvs[0], observations[0]):
             room = self._room(kvs[0], observations[0].num_layers, kvs[0].num_tokens, num_sharing=len(kvs))
-            count = room.most(lambda n: n if room.bytes_of([n] * num_heads) <= room.num_bytes else None, count) or count
-        kept = _best(scores[:1], [count]) * num_heads
+            count = room.most_alike(count)
+        kept = _best(scores[:1], [count]) * kvs[0].num_kv_heads
         return [Selection(kv=kv, kept=kept) for kv in kvs]
 
 
