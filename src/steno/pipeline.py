@@ -24,10 +24,10 @@ from steno.cache.policy import (
     Sharer,
     Transform,
 )
-from steno.errors import BudgetError
+from steno.errors import BudgetError, RecipeError
 from steno.methods import METHODS, Evict, Scorer, Uniform, stage_text
 from steno.recipe import WHOLE, Recipe
-from steno.types import LayerKV, Need, Observation, PageFormat
+from steno.types import LayerKV, Need, Observation, PageFormat, Widths
 
 DENSE_RESIDUAL_TOKENS = 64
 """Without a quantize stage the tail becomes a dense segment when it holds this many tokens."""
@@ -112,6 +112,21 @@ class RecipePolicy:
     def selector(self) -> Selector | None:
         access = self.recipe.access
         return access if access is not None and not access.reads_all else None
+
+    def check_widths(self, num_kv_heads: int, head_dim: int, num_sharing: int) -> None:
+        """Raises RecipeError if the quantize stage would get keys and values of unlike widths and cannot take them."""
+        recipe = self.recipe
+        widths = Widths(heads=num_kv_heads, keys=head_dim, values=head_dim)
+        if recipe.share is not None and num_sharing > 1:
+            widths = recipe.share.stored(widths, num_sharing)
+        for transform in recipe.transform:
+            widths = transform.stored(widths)
+        if recipe.quantize is not None and self.encoder is not None and widths.keys != widths.values:
+            before = " | ".join(stage.id for stage in (recipe.share, *recipe.transform) if stage is not None)
+            raise RecipeError(
+                f"{recipe.quantize.id} stores keys and values of one width, and {before} leaves {widths.keys} and "
+                f"{widths.values} numbers a token: use a stage of plain pages, such as int4."
+            )
 
     def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         """Tokens per KV head that a sequence may keep; raises BudgetError if that is less than the method protects."""

@@ -21,8 +21,8 @@ ENCODERS = [name for name, cls in QUANTIZERS.items() if cls.page_format is None]
 CHUNKED = [name for name in ENCODERS if name != "zipcache"]  # which stores any number of tokens
 RECIPES = [
     *(f"keydiff | {name}" for name in QUANTIZERS), *(f"keydiff | adakv | {name}" for name in ENCODERS),
-    "keydiff", "tova", "h2o | adakv", "keydiff | adakv | int4", "keydiff | quest", "keydiff | gear | quest",
-    "keydiff | adakv | turboquant | quest", "keydiff | int8 | quest", "keydiff | chelsea | gear", "keydiff | pyramidkv | gear",
+    "keydiff", "tova", "h2o | adakv", "keydiff | adakv | int4", "keydiff | quest", "keydiff | fp8 | quest",
+    "keydiff | adakv | nvfp4 | quest", "keydiff | int8 | quest", "keydiff | chelsea | gear", "keydiff | pyramidkv | gear",
     "keydiff | hadamard | gear", "keydiff | minicache | gear", "snapkv | gear", "snapkv | int4", "snapkv | kivi", "kvzip | int8",
     "kvzip | one_threshold | kvquant", "shorthand", "keydiff | palu", "keydiff | think", "keydiff | palu | hadamard | int4",
     "keydiff | adakv | think | int4", "keydiff | pyramidkv | cskv", "keydiff | xkv", "keydiff | minicache | int4",

@@ -312,6 +312,12 @@ def test_a_constant_basis_is_one_group_and_counted_once() -> None:
     assert layer.cache.measure() < plain.cache.measure() + 3 * HEADS * 64 * 2 * DIM * 4 + DIM * DIM * 4 + 3000
 
 
-def test_unequal_widths_need_plain_pages() -> None:
-    with pytest.raises(RecipeError, match="left 8 and 12 numbers a token"):
-        Layer(Policy("think", encoder=InHalves())).feed(200)
+@pytest.mark.parametrize("recipe", ["think | gear", "palu(key_share=0.25) | turboquant", "xkv | kvquant"])
+def test_unequal_widths_need_plain_pages_and_are_refused_before_a_token_is_held(recipe: str) -> None:
+    cache = steno.KVCache(shared("llama").config, recipe)
+    one = torch.zeros(1, HEADS, 1, DIM)
+    with pytest.raises(
+        RecipeError, match=r"stores keys and values of one width, and .* leaves .* numbers a token: use"
+    ):
+        cache.own_layers[0].update(one, one)
+    assert cache.kv_bytes == 0

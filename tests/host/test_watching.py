@@ -23,8 +23,9 @@ def watching_cache(model: Any, needs: set[Need], **options: Any) -> steno.KVCach
     cache = steno.KVCache(model.config, prompt_tokens=10**6, **options)
     for layer in cache.own_layers:
         layer.policy = SimpleNamespace(
-            needs=frozenset(needs), query_window=0, query_statistics_skip=0, router=None, attender=None, sharer=None
-        )
+            needs=frozenset(needs), query_window=0, query_statistics_skip=0, router=None, attender=None, sharer=None,
+            check_widths=lambda *shape: None,
+        )  # fmt: skip
     return cache
 
 

@@ -213,7 +213,7 @@ def test_shared_tensors_are_counted_once_and_bytes_are_freed() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["keydiff | minicache", "keydiff | adakv | xkv | int8", "snapkv(window=8) | pyramidkv | xkv"]
+    "recipe", ["keydiff | minicache", "keydiff | zipvl | xkv | int8", "snapkv(window=8) | pyramidkv | xkv"]
 )
 def test_layers_of_a_group_choose_together(recipe: str) -> None:
     cache = cache_of(f"{recipe} @ 140", 200)

@@ -22,11 +22,14 @@ RECIPES = [
     *FORMS,
     *(f"keydiff | adakv | {name} @ 140" for name in FORMS),
     *(f"{name} | int8" for name in TRANSFORMS),
-    *(f"keydiff | adakv | {name} | int8 @ 140" for name in TRANSFORMS),
+    *(
+        f"keydiff | {'pyramidkv' if cls.heads_together else 'adakv'} | {name} | int8 @ 140"
+        for name, cls in TRANSFORMS.items()
+    ),
     *(f"keydiff | {name} | hadamard @ 140" for name in TRANSFORMS),
     *(f"think | {name}" for name, cls in FORMS.items() if cls().page_format is not None),
     *SHARERS,
-    *(f"keydiff | adakv | {name} | hadamard | int8 @ 140" for name in SHARERS),
+    *(f"keydiff | pyramidkv | {name} | hadamard | int8 @ 140" for name in SHARERS),
     "hadamard | int4 | quest(tokens=64, dense_layers=0)",
 ]
 

@@ -284,7 +284,7 @@ def test_many_tiles_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("transform", ["palu", "cskv", "palu | int8"])
-@pytest.mark.parametrize("chooser", ["keydiff", "keydiff | adakv", "snapkv(window=8) | pyramidkv"])
+@pytest.mark.parametrize("chooser", ["keydiff", "snapkv(window=8) | pyramidkv"])
 def test_heads_that_are_kept_together_choose_together(chooser: str, transform: str) -> None:
     layer, keys, _ = layer_with(f"{chooser} | {transform} @ 140", 200)
     first, *others = layer.content.positions(0, 200)

@@ -228,7 +228,7 @@ class AccessStep:
         assert self.index is not None, "a method that ranks summarizes"
         items, counts = self.index.vectors.float(), self.index.counts
         widest = int(counts.max())
-        if widest == 0:  # all segments attend by themselves
+        if widest == 0:  # all is in the tail
             return vectors.new_zeros(*vectors.shape[:2], 0)
         if bool((counts == widest).all()):
             return vectors @ items.view(len(counts), widest, items.shape[-1]).mT

@@ -44,7 +44,8 @@ class HostedLayer(CacheLayerMixin):
                 f"keys and values must have one shape; got {list(key_states.shape)} and {list(value_states.shape)}: "
                 "attention with different key and value dimensions (MLA) is not supported."
             )
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.token_bytes = 2 * key_states.shape[1] * key_states.shape[3] * key_states.element_size()
         self._pending = (key_states, value_states)
         return self, self

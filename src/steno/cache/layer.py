@@ -105,6 +105,10 @@ class LayerCache(HostedLayer):
         layer.measure()
         return layer
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.policy.check_widths(key_states.shape[1], key_states.shape[3], len(self.group))
+        super().lazy_initialization(key_states, value_states)
+
     # attention
 
     def show_hidden(self, hidden: Tensor) -> None:

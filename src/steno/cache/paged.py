@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -104,7 +102,7 @@ class PagedRows:
         spans: list[tuple[int, int, int, int]] = []
         for b in range(len(self.rows)):
             for h in range(self.num_kv_heads):
-                for segment in self._spanned(b):
+                for segment in self.rows[b].segments:
                     # rows that were forked share segments: the first place that is left is this row's
                     g, entry = places[id(segment), h].pop(0)
                     spans.append((b * self.num_kv_heads + h, g, entry, segment.lengths[h]))
@@ -265,28 +263,19 @@ class PagedRows:
             return [None] * len(self._groups)
         return [*read_choice(self._groups, self._layout, choice, new.q.device)]
 
-    def _spanned(self, b: int) -> list[Segment]:
-        """The segments of a row among which an access method chooses: those with spans."""
-        return [segment for segment in self.rows[b].segments if all(s is not segment for _, s in self._alone)]
-
     def _token_positions(self) -> Tensor | None:
-        """True positions `[N]` of the tokens in segments with spans, head by head; None if every row holds all it saw."""
-        if all(row.kept is None for row in self.rows) and not self._alone:
+        """True positions `[N]` of the tokens in segments, head by head; None if every row holds all it saw."""
+        if all(row.kept is None for row in self.rows):
             return None
         if self._positions is None:
-            per_head = [p for b in range(len(self.rows)) for p in self._spanned_positions(b)]
+            per_head = [p for b in range(len(self.rows)) for p in self._segment_positions(b)]
             self._positions = torch.cat(per_head).to(self.tail.keys.device, torch.int32)
         return self._positions.long()
 
-    def _spanned_positions(self, b: int) -> list[Tensor]:
-        """True positions of the tokens of each head of a row in segments with spans."""
-        chosen = {id(segment) for segment in self._spanned(b)}
-        parts: list[list[Tensor]] = []
-        for h, every in enumerate(self.positions(b, self.seen(b))):
-            ends = list(accumulate(segment.lengths[h] for segment in self.rows[b].segments))
-            pairs = zip(self.rows[b].segments, ends, strict=True)
-            parts.append([every[end - s.lengths[h] : end] for s, end in pairs if id(s) in chosen])
-        return [torch.cat([torch.arange(0), *pieces]) for pieces in parts]
+    def _segment_positions(self, b: int) -> list[Tensor]:
+        """True positions of the tokens of each head of a row in segments."""
+        lengths = self.rows[b].lengths(self.num_kv_heads)
+        return [every[:n] for every, n in zip(self.positions(b, self.seen(b)), lengths, strict=True)]
 
     def _sentences(self, b: int, positions: list[Tensor]) -> list[Tensor] | None:
         """The sentence of the tokens at `positions` of each head, if the access method asks for it."""
@@ -307,11 +296,11 @@ class PagedRows:
             own = every[-1] if every else None
             if fixed is not None:
                 own = fixed[b * self.num_kv_heads : (b + 1) * self.num_kv_heads]
-            sentences = self._sentences(b, self._spanned_positions(b))
+            sentences = self._sentences(b, self._segment_positions(b))
             none = self.selector.summarize(
                 self.tail.keys[b, 0, :0], None if own is None else own[0], _no_tokens(sentences)
             )
-            items = index_items(self.selector, self._spanned(b), own, sentences, dtype, self.num_kv_heads)
+            items = index_items(self.selector, self.rows[b].segments, own, sentences, dtype, self.num_kv_heads)
             heads += [[none, *pieces] for pieces in items]
         if fixed is None and every:
             fixed = torch.cat(every)
@@ -324,8 +313,6 @@ class PagedRows:
         new: dict[int, list[IndexItems]] = {}
         heads = self.num_kv_heads
         for b, segment in segments.items():
-            if segment.spans() is None:
-                continue
             fixed = None if self.index.fixed is None else self.index.fixed[b * heads : (b + 1) * heads]
             sentences = None
             if Need.TOKEN_TEXT in self.selector.needs:

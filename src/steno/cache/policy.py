@@ -223,6 +223,10 @@ class LayerPolicy(Protocol):
         """What lets some tokens take part in attention while the prompt is read; None: all do."""
         ...
 
+    def check_widths(self, num_kv_heads: int, head_dim: int, num_sharing: int) -> None:
+        """Raises RecipeError if layers of this shape cannot be stored. num_sharing: layers compressed together."""
+        ...
+
     def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         """Tokens per KV head on average that this sequence may keep.
 

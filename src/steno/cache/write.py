@@ -14,7 +14,7 @@ from steno.cache.row import Row, pack_kept
 from steno.cache.segment import DenseSegment, HeadKV, PagedSegment, Segment
 from steno.cache.transformed import Basis
 from steno.cache.unequal import UnequalPagedSegment
-from steno.errors import IntegrityError, RecipeError
+from steno.errors import IntegrityError
 from steno.types import PAGE_TOKENS, KeptTokens, Observation, Rope
 
 
@@ -182,11 +182,6 @@ class SegmentWriter:
         fmt, encoder = self.policy.page_format, self.policy.encoder
         widths = tokens.keys[0].shape[1], tokens.values[0].shape[1]
         if encoder is not None:
-            if widths[0] != widths[1]:
-                raise RecipeError(
-                    f"this quantize stage stores keys and values of one width; those before it left {widths[0]} and "
-                    f"{widths[1]} numbers a token: use a stage of plain pages, such as int4."
-                )
             segment = encoder.encode(tokens)
             if tuple(segment.lengths) != tokens.lengths:
                 held = tuple(segment.lengths)

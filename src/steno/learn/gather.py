@@ -33,6 +33,9 @@ class Look:
     router: ClassVar[None] = None
     attender: ClassVar[None] = None
 
+    def check_widths(self, num_kv_heads: int, head_dim: int, num_sharing: int) -> None:
+        """All is stored as it is."""
+
     def budget_tokens(self, kv: LayerKV, num_layers: int, prompt_tokens: int | None = None) -> int:
         return kv.num_tokens
 

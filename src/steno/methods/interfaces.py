@@ -133,6 +133,9 @@ class Allocator(Method, Protocol):
     """Whether it gives layers numbers of their own, whatever the finite scores, which together may be up to (L - 1) / 2 tokens
     a layer above the budget."""
 
+    by_head: ClassVar[bool]
+    """Whether all that it does is to give heads of a layer unlike numbers, each layer its whole budget."""
+
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:
         """Counts `[Hkv]` int64 from scores `[Hkv, S]`; `budget_tokens` is the mean over heads and layers.
 
@@ -160,6 +163,10 @@ class Transform(Method, Protocol):
 
     heads_together: ClassVar[bool]
     """Whether a basis runs across KV heads, so that all heads must keep the same tokens."""
+
+    keeps_spans: ClassVar[bool]
+    """Whether the kernels can read what it leaves, so that a step may read a part: keys and values of one width, and queries
+    that are the same for all tokens."""
 
     @property
     def query_window(self) -> int:
@@ -196,6 +203,9 @@ class Sharer(Method, Protocol):
 
     def group(self, layer_idx: int, num_layers: int) -> range:
         """The neighbouring layers that share, with `layer_idx` among them; itself alone if it shares nothing."""
+
+    def stored(self, widths: Widths, num_sharing: int) -> Widths:
+        """What is stored once for so many layers, of tokens of these widths."""
 
     def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """What one layer takes at most beside its tokens, each of which takes no more than it would by itself."""

@@ -67,6 +67,7 @@ class Recipe:
         self._check_share()
         self._check_allocate()
         self._check_codebooks()
+        self._check_access()
         if self.propagate is not None and Need.REPLAY in self.needs:
             raise RecipeError(
                 f"{self.propagate.id} lets tokens go round layers, and a replay needs them in all: use it without kvzip."
@@ -130,9 +131,18 @@ class Recipe:
                 )
 
     def _check_allocate(self) -> None:
-        if self.allocate is None or not self.allocate.across_layers:
+        if self.allocate is None:
             return
         name = self.allocate.id
+        together: list[Method] = [transform for transform in self.transform if transform.heads_together]
+        for stage in [*together, self.share]:
+            if self.allocate.by_head and stage is not None:
+                raise RecipeError(
+                    f"{name} divides the budget of a layer among its heads, and {stage.id} keeps the same tokens in all of them: "
+                    "use a way to allocate by layer, such as pyramidkv."
+                )
+        if not self.allocate.across_layers:
+            return
         if self.propagate is not None and self.propagate.routes_layers:
             raise RecipeError(
                 f"{name} compares the tokens of all layers, and {self.propagate.id} leaves some out of them: use another way "
@@ -142,6 +152,21 @@ class Recipe:
             raise RecipeError(
                 f"{name} gives every layer a budget of its own, and {self.share.id} keeps the same tokens in several: use one."
             )
+
+    def _check_access(self) -> None:
+        """What attends by itself is always read whole."""
+        if self.access is None or self.access.reads_all:
+            return
+        whole: list[Method | None] = [transform for transform in self.transform if not transform.keeps_spans]
+        whole.append(self.share)
+        if self.quantize is not None and self.quantize.page_format is None:
+            whole.append(self.quantize)
+        for stage in whole:
+            if stage is not None:
+                raise RecipeError(
+                    f"{self.access.id} reads a part of the tokens at a step, and what {stage.id} stores is always read whole: "
+                    "use stages of plain pages, such as hadamard | int4."
+                )
 
     def _check_codebooks(self) -> None:
         """What was fitted to the keys and values of a model does not fit them in another basis."""

@@ -48,6 +48,7 @@ class AdaKV:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "Counts are rounded by largest remainder, so the layer keeps exactly its budget; heads are KV heads; "
         "works on any scorer whose heads can be compared."

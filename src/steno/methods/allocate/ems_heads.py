@@ -52,6 +52,7 @@ class EMSHeads:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "A reconstruction from the abstract, not EMS: the paper's rule for the budgets could not be read; here they grow "
         "with the number of tokens that hold most of a head's score."

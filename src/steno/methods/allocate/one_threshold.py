@@ -47,6 +47,7 @@ class OneThreshold:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "Exactly the budget is kept, not the scores strictly above one of them, and of every head at least its best token; for "
         "any scorer; whole pages for every head, with `unit`, are ours."

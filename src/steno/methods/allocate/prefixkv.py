@@ -58,6 +58,7 @@ class PrefixKV:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The offline variant, profiled on text; the allocation only, for any scorer, whose protected tokens replace the "
         "first 4 and the last; what is kept of the prompt stays while decoding."

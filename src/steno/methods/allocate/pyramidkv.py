@@ -47,6 +47,7 @@ class PyramidKV:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer; whole-token steps, as in the authors' code, "
         "may keep up to (L - 1) / 2 tokens per layer more than the budget."

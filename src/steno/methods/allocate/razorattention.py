@@ -59,6 +59,7 @@ class RazorAttention:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = True
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer; the buffer follows from the budget instead of max(4000, N/5), and where the "
         "budget does not hold all retrieval heads, fewer are."

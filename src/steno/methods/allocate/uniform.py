@@ -33,6 +33,7 @@ class Uniform:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = "Nothing to differ from."
 
     def allocate(self, scores: Tensor, *, budget_tokens: int, layer_idx: int, num_layers: int) -> Tensor:

@@ -49,6 +49,7 @@ class ZipVL:
     frees_memory: ClassVar[bool] = True
     across_layers: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     differs: ClassVar[str] = (
         "The allocation only, for any scorer whose scores add up; the budget is a ceiling, below which tau decides. "
         "Attention of the prefill stays full; tau is the paper's as remembered."

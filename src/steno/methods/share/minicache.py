@@ -76,6 +76,10 @@ class MiniCache:
         pair = first + (layer_idx - first) // 2 * 2
         return range(pair, pair + 2) if pair + 2 <= num_layers else range(layer_idx, layer_idx + 1)
 
+    def stored(self, widths: Widths, num_sharing: int) -> Widths:
+        """Directions of the same widths."""
+        return widths
+
     def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """One token more than the share that stays apart."""
         return widths.heads * (widths.keys + widths.values) * number_bytes + 8

@@ -76,6 +76,11 @@ class XKV:
     def _ranks(self, width: int) -> tuple[int, int]:
         return max(1, round(width * self.key_share)), max(1, round(width * self.value_share))
 
+    def stored(self, widths: Widths, num_sharing: int) -> Widths:
+        """A short vector for all heads of all layers of the group."""
+        keys, values = self._ranks(num_sharing * widths.heads * widths.keys)
+        return Widths(heads=1, keys=keys, values=values)
+
     def fixed_bytes(self, widths: Widths, num_layers: int, number_bytes: int) -> int:
         """A layer's own factors, and the frequencies of RoPE."""
         channels = widths.heads * widths.keys
@@ -84,7 +89,8 @@ class XKV:
     def shared_bytes(self, num_tokens: int, widths: Widths, num_sharing: int, store: StoreBytes) -> int:
         """A layer's own factors, of no more ranks than tokens, and its part of the short vectors and of their positions."""
         channels = widths.heads * widths.keys
-        keys, values = (min(rank, num_tokens) for rank in self._ranks(num_sharing * channels))
+        whole = self.stored(widths, num_sharing)
+        keys, values = min(whole.keys, num_tokens), min(whole.values, num_tokens)
         common = store.stored_bytes(num_tokens, Widths(heads=1, keys=keys, values=values)) + 4 * num_tokens
         return -(-common // num_sharing) + channels * (keys + values) * store.number_bytes + 2 * widths.keys
 

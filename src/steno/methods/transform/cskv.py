@@ -59,6 +59,7 @@ class CSKV:
         "trained for and closes windows at its own length."
     )
     heads_together: ClassVar[bool] = True
+    keeps_spans: ClassVar[bool] = False
 
     key_density: float = 0.5
     value_density: float = 0.5

@@ -40,6 +40,7 @@ class Hadamard:
         "that are no power of two take a Kronecker product with a DCT."
     )
     heads_together: ClassVar[bool] = False
+    keeps_spans: ClassVar[bool] = True
 
     @property
     def query_window(self) -> int:

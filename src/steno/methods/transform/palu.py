@@ -61,6 +61,7 @@ class Palu:
         "the moments are those of the prompt."
     )
     heads_together: ClassVar[bool] = True
+    keeps_spans: ClassVar[bool] = False
 
     key_share: float = 0.5
     value_share: float = 0.5

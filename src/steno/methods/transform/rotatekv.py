@@ -64,6 +64,7 @@ class RotateKV:
         "clipping; without a calibration file the order of channels is that of the prompt's means."
     )
     heads_together: ClassVar[bool] = True
+    keeps_spans: ClassVar[bool] = False
 
     heads: int = 4
     sinks: int = 4

@@ -56,6 +56,7 @@ class ThinK:
         "same channels once enough newer ones have come."
     )
     heads_together: ClassVar[bool] = False
+    keeps_spans: ClassVar[bool] = False
 
     ratio: float = 0.4
     window: int = 32
