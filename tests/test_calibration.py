@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from steno.calibration import load_calibration, save_calibration
+from steno.calibration import load_calibration, read_about, save_calibration
 from steno.cli.main import run
 from steno.errors import CalibrationError
 
@@ -24,6 +24,17 @@ def statistics(tiny_folder: Path, tmp_path: Path) -> Path:
         == 0
     )
     return out
+
+
+def test_the_same_is_written_as_the_same_bytes(tmp_path: Path) -> None:
+    tensors, about = {name: torch.ones(2) for name in "dacb"}, {name: name for name in "qwertyuiop"}
+    for i, order in enumerate(("dacb", "abcd")):
+        save_calibration(tmp_path / str(i), {name: tensors[name] for name in order}, about)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    assert read_about(tmp_path / "0") == about
+    save_file({"x": torch.ones(1)}, tmp_path / "2", metadata={"x": "y"})
+    with pytest.raises(CalibrationError, match="does not say what it was made from"):
+        read_about(tmp_path / "2")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from steno.errors import CalibrationError
 
 MAX_CALIBRATION_BYTES = 1 << 30
+ABOUT = "about"
 
 
 def load_calibration(path: str | Path, names: tuple[str, ...]) -> Mapping[str, Tensor]:
@@ -56,6 +58,16 @@ def _load(place: Path, changed_ns: int, names: tuple[str, ...]) -> Mapping[str, 
     return tensors
 
 
+def read_about(path: str | Path) -> dict[str, str]:
+    """What a calibration file was made from; raises CalibrationError if it does not say."""
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            about = json.loads((file.metadata() or {})[ABOUT])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise CalibrationError(f"{path} does not say what it was made from; make it anew.") from None
+    return {str(key): str(value) for key, value in dict(about).items()}
+
+
 def save_calibration(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Writes a calibration file, whole or not at all; `about` says what it was made from.
 
@@ -66,9 +78,9 @@ def save_calibration(path: str | Path, tensors: Mapping[str, Tensor], about: Map
     try:
         handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=place.name, suffix=".part")
         os.close(handle)
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata=dict(about)
-        )
+        # one entry, since safetensors leaves the order of several to chance, and the same run is to make the same file
+        metadata = {ABOUT: json.dumps(dict(about), sort_keys=True)}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, place)
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"cannot write {place}: {' '.join(str(error).split())}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steno
+from steno.cache import access as cache_access
 from steno.cache.accounting import is_offloaded, tensors_of
 from steno.calibration import save_calibration
 from steno.errors import CacheError
@@ -59,6 +61,30 @@ def test_what_is_read_is_what_a_loop_would_choose(access: str, stages: str, shap
             chosen.append(read_of_segments + list(range(len(oracle.keys) - oracle.in_tail, len(oracle.keys))))
         expected = attention(new[0][b, :, 0], heads, chosen)
         torch.testing.assert_close(out[2, b, :, 0], expected, atol=1e-2 if "int" in stages else 1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stages", ["", "int4", "hadamard | int8", "keydiff | adakv @ 900"])
+def test_weights_of_all_tokens_are_found_tile_by_tile(stages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are those of whole copies, and no copy is larger than a tile of one head."""
+    access, gather = "delta(tokens=64, full_layers='0')", cache_access.gather_tokens
+    sizes: list[int] = []
+    largest: list[int] = []
+    answers: list[Tensor] = []
+
+    def counted(table: object, entries: Tensor, *given: Tensor, **options: Any) -> object:
+        sizes.append(len(entries) if options.get("values") is False else 0)
+        return gather(table, entries, *given, **options)
+
+    for tile in (10**6, 128):
+        monkeypatch.setattr(cache_access, "TILE_TOKENS", tile)
+        cache = read(composed(stages, access), draw(2, 1100, 1))
+        monkeypatch.setattr(cache_access, "gather_tokens", counted)
+        sizes.clear()
+        answers.append(feed(cache, draw(2, 1, 2)))
+        largest.append(max(sizes))
+    assert largest[0] > 512
+    assert largest[1] == 128
+    assert torch.equal(*answers)
 
 
 GROWING = [1, 3, 50, *[1] * 16]

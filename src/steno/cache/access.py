@@ -15,7 +15,7 @@ from torch import Tensor
 from steno.cache.groups import SpanGroup
 from steno.cache.policy import Selector
 from steno.cache.ragged import beyond, padded
-from steno.cache.segment import Segment
+from steno.cache.segment import TILE_TOKENS, Segment
 from steno.cache.text import TokenText
 from steno.kernels.attention import SpanTable, gather_tokens
 from steno.types import PAGE_TOKENS, IndexItems
@@ -245,7 +245,7 @@ class AccessStep:
     def weights(self) -> Attention:
         """Softmax attention of every query to all tokens held.
 
-        Reads every key of the layer and holds those in segments dense, `[R, n, D]`.
+        Reads every key of the layer; of those in segments it opens `TILE_TOKENS` of a head at a time.
         """
         counts, tail = self.head_tokens, self.groups[0].table.tail
         assert tail is not None, "the plain group has the tail"
@@ -266,16 +266,15 @@ class AccessStep:
         out = self.queries.new_zeros(len(span), self.queries.shape[1])
         for g, group in enumerate(self.groups):
             where = (layout.group[span] == g).nonzero()[:, 0]
-            got = gather_tokens(
-                group.table, layout.entry[span[where]], place[where], device=self.queries.device, values=False
-            )
-            counts = _of_group(self.head_tokens, layout, g, group, self.num_kv_heads)
+            counts = _of_group(self.head_tokens, layout, g, group, self.num_kv_heads).tolist()
             queries = group.turned(batch).unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1)[:, :, 0]  # [heads, G, Dk]
-            logits = self._logits(padded(got.keys, counts, 0), queries)  # [heads, G, n]
-            flat = logits.mT[~beyond(counts, logits.shape[2], logits.device)]  # [m, G]
-            if got.log_counts is not None:
-                flat = flat + got.log_counts[:, None]
-            out[where.to(out.device)] = flat
+            for query, mine in zip(queries, where.split(counts), strict=True):
+                for tile in mine.split(TILE_TOKENS):
+                    got = gather_tokens(
+                        group.table, layout.entry[span[tile]], place[tile], device=query.device, values=False
+                    )
+                    logits = self._logits(got.keys, query).mT  # [m, G]
+                    out[tile.to(out.device)] = logits if got.log_counts is None else logits + got.log_counts[:, None]
         return out
 
     def _logits(self, keys: Tensor, queries: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from steno.calibration import load_calibration, save_calibration
+from steno.calibration import load_calibration, read_about, save_calibration
 from steno.errors import CalibrationError
 from steno.learn.options import Options
 
@@ -29,10 +29,11 @@ def read(options: Options, total: int) -> tuple[int, Mapping[str, Tensor]]:
         return 0, {}
     load_calibration(place, ())  # its errors are clearer
     try:
+        about = read_about(place)
         with safe_open(place, framework="pt") as file:
-            about, names = file.metadata() or {}, tuple(file.keys())
+            names = tuple(file.keys())
         done = int(about["done"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (CalibrationError, SafetensorError, OSError, KeyError, ValueError):
         raise CalibrationError(f"{place} is not a checkpoint of ours; start without --resume.") from None
     if about.get("identity") != options.identity or not 0 < done < total:
         raise CalibrationError(

@@ -65,7 +65,7 @@ NAMED: dict[str, NamedRecipe] = {
             beside=(ZipVLAttention(), HeavyHitters(recent_share=0.0)),
             differs=(
                 "The second version, which drops what is not important, reconstructed from the text; probes say which tokens "
-                "take part in the prefill, the attention of all that took part says which are kept."
+                "take part in the prefill, at any budget, and the attention of all that took part says which are kept."
             ),
         ),
         NamedRecipe(
@@ -80,8 +80,9 @@ NAMED: dict[str, NamedRecipe] = {
             id="fastkv",
             beside=(SnapKV(window=8, kernel=7, pool="max"),),
             differs=(
-                "Every layer keeps the budget, the paper's mode proportional; scores are pooled after the mean over the "
-                "query heads of a KV head, not before."
+                "Every layer keeps the budget of what passes it, the paper's mode proportional; layers behind the choice see a "
+                "share of the prompt at any budget: with fastkv(share=1) all. Scores are pooled after the mean over the query "
+                "heads of a KV head, not before."
             ),
         ),
     )

@@ -5,7 +5,7 @@ Differs: a page holds 64 tokens, the paper's 16; the newest tokens, which are no
     pages they would be. Where layers or heads hold different tokens, what one layer finds is told to others by true
     positions, and each head reads its own best pages. The layers that attend in full are those of the paper's 28-layer
     model scaled to the model's depth, unless they are named.
-Cost: per layer that finds pages, the weights of all tokens, 2*H*S*D FLOPs and one dense copy of the keys; 4 bytes per token
+Cost: per layer that finds pages, the weights of all tokens, 2*H*S*D FLOPs on keys that are opened tile by tile; 4 bytes per token
     and KV head held beside the tokens where some were dropped. Saves reads, not memory.
 """
 

@@ -6,7 +6,7 @@ Differs: the abstract is all of the paper that was at hand, and every step follo
     dynamic programme runs over the layers between those that read everything, so that no source is kept at the price of one
     of them. Chunks are pages of 64 tokens; where heads hold different tokens a choice is handed on by true positions. A
     layer that chooses reads all keys at full precision, the product compares 128-bit hashes.
-Cost: per layer that chooses, the weights of all tokens, 2*H*S*D FLOPs and one dense copy of the keys; 4 bytes per token and
+Cost: per layer that chooses, the weights of all tokens, 2*H*S*D FLOPs on keys that are opened tile by tile; 4 bytes per token and
     KV head held beside the tokens where some were dropped. Saves reads, not memory.
 """
 

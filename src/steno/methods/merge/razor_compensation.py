@@ -35,7 +35,7 @@ class RazorCompensation:
     frees_memory: ClassVar[bool] = True
     differs: ClassVar[str] = (
         "The merging only, for any scorer; the entry counts against the budget, in the slot of the lowest kept token, which "
-        "joins the mean. Tokens after the prompt are not folded in."
+        "joins the mean: exact where that token too is like all that is dropped. Tokens after the prompt are not folded in."
     )
     counts_tokens: ClassVar[bool] = True
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from steno.cache.parts import PartsSegment
 from steno.cache.segment import HeadKV, Segment
 from steno.kernels.quant import page_bytes
-from steno.kernels.quant.groups import as_half
+from steno.kernels.quant.groups import FP16_MAX, as_half
 from steno.kernels.quant.matrices import Matrices, column_products, pack_integers, row_products
 from steno.methods.checks import require_choice, require_int, require_multiple, require_real
 from steno.types import PAGE_TOKENS, KeptTokens, Need, PageFormat
@@ -217,7 +217,8 @@ class GEAR:
         return PartsSegment.of(tokens, lambda _, keys, values: self._head(keys, values, rank))
 
     def _head(self, keys: Tensor, values: Tensor, rank: int) -> GearHead:
-        """keys, values `[n, D]` fp32."""
+        """keys, values `[n, D]` fp32; beyond fp16 they are cut, as in every format with scales in it."""
+        keys, values = (x.clamp(-FP16_MAX, FP16_MAX) for x in (keys, values))
         channels = keys.T  # [D, n]
         where, value_where = outlier_columns(channels, self.outliers), outlier_columns(values, self.outliers)
         pages = without(channels, where).unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1)  # [P, D, 64]
