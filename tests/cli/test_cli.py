@@ -61,9 +61,12 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(set(method) == METHOD_FIELDS for method in methods)
 
 
-@pytest.mark.parametrize(
-    "recipe", ["full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20", "ems @ 80%"]
-)
+RECIPES = [
+    "full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20", "ems @ 80%", "look_m @ 80%", "vidkv_stp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_ask_json(arguments: list[str], recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--recipe", recipe, "--json"]) == 0
     out, _ = capsys.readouterr()
