@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from steno.bench.peers import PROJECTS
 from steno.errors import RecipeError
-from steno.methods import COMPOSITIONS, METHODS, NAMED, whole_paper
+from steno.methods import COMPOSITIONS, METHODS, NAMED
 from steno.models.learned import SHIPPED
 from steno.recipe import parse_recipe
-from steno.types import Need
 
 MODEL, DTYPE, SEED = "smollm2-135m", "bfloat16", 0
 BUDGETS = ("50%", "25%", "12.5%")
@@ -85,18 +84,12 @@ def entries() -> tuple[list[Entry], dict[str, str]]:
         if method.trained and not any(SHIPPED.glob(f"{name}-*.safetensors")):
             left_out[name] = "it needs weights that are trained for the model first"
             continue
-        if Need.IMAGE_MASK in method.needs:
-            left_out[name] = "it looks at images, and the model takes none"
-            continue
         for form in FORMS.get(name, BY_KIND[method.kind]):
             try:
                 found += _at_budgets(form, (method.kind, name))
             except RecipeError as error:
                 left_out[name] = f"`{form}` is no recipe: {error}"
-    for name in NAMED:
-        if not any(Need.IMAGE_MASK in stage.needs for stage in whole_paper(METHODS[name]())):
-            found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
-    for name in COMPOSITIONS:
+    for name in [*NAMED, *COMPOSITIONS]:
         found += _at_budgets(WHOLE_PAPER, (RECIPE, name))
     return found + list(_peers()), left_out
 

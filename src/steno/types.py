@@ -30,7 +30,7 @@ class Need(Enum):
     TOKEN_TEXT = auto()
     """Where sentences end, while the prompt is read and after."""
     IMAGE_MASK = auto()
-    """Which tokens of the prompt are image or video tokens; told to the cache with `input_ids`."""
+    """Which tokens of the prompt are image or video tokens; told with `input_ids`, none where the model sees none."""
     REPLAY = auto()
     """The largest attention that each token receives while the model repeats the context."""
     ROPE = auto()

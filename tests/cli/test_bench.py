@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_rows_report_and_json(bench: Any, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
     assert bench(*TWO, *SHORT, "--task", "niah", "--seed", "1", "--out", tmp_path / "out", "--resume") == 2
     assert "rows of another run (row 1: seed 0 instead of 1)" in capsys.readouterr().err
+
+
+def test_recipes_that_look_at_images_are_measured_on_text(bench: Any, tmp_path: Path) -> None:
+    recipes = ["text_prior @ 50%", "look_m @ 50%", "vidkv_stp"]
+    words = [word for recipe in recipes for word in ("--recipe", recipe)]
+    assert bench(*words, *SHORT, "--task", "niah", "--task", "perplexity", "--out", tmp_path / "out") == 0
+    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert sorted((row.recipe, row.task) for row in rows) == sorted(product(recipes, ("niah", "perplexity")))
+    assert all(row.kv_bytes < row.kv_bytes_full for row in rows)
 
 
 @pytest.mark.parametrize(

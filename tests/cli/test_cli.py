@@ -6,12 +6,13 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steno import session
 from steno.cli.main import run
-from steno.methods import COMPOSITIONS, METHODS, NAMED
+from steno.methods import COMPOSITIONS, METHODS, NAMED, describe_methods
 from steno.version import VERSION
 
 TEXT = "the hen is here. " * 5
@@ -20,7 +21,7 @@ ASK_FIELDS = {
     "prefill_s", "ttft_s", "decode_tok_per_s",
 }  # fmt: skip
 METHOD_FIELDS = {
-    "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs",
+    "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs", "parameters",
 }  # fmt: skip
 
 
@@ -61,9 +62,77 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(set(method) == METHOD_FIELDS for method in methods)
 
 
-@pytest.mark.parametrize(
-    "recipe", ["full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20", "ems @ 80%"]
-)
+def test_the_list_of_methods_says_how_to_see_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods"]) == 0
+    said, example = capsys.readouterr().out.splitlines()[-1].split(": steno ")
+    assert "differs from its paper" in said
+    assert run(example.split()) == 0
+    assert METHODS[example.split()[-1]].differs[:20] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [20, 70, 1000])
+@pytest.mark.parametrize("row", describe_methods(), ids=lambda row: f"{row['kind']}-{row['id']}")
+def test_all_about_a_method(
+    row: dict[str, Any], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(["methods", row["id"]]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= max(columns, 60)
+    pages = [" ".join(page.split()) for page in out.split("\n\n")]
+    is_recipe = row["kind"] == "recipe"
+    (page,) = (
+        page for page in pages if page.startswith(f"{row['id']}, {'a named recipe' if is_recipe else row['kind']} ")
+    )
+    assert f"{'stands for' if is_recipe else 'title'} {row['title']} paper {row['paper']}, {row['year']} " in page
+    assert f"differs {row['differs']} parameters " in page
+    assert (f" address https://arxiv.org/abs/{row['arxiv']} sees " in page) == bool(row["arxiv"])
+    assert (
+        f" trained {'yes' if row['trained'] else 'no'} frees memory {'yes' if row['frees_memory'] else 'no'} " in page
+    )
+    assert all(need.lower().replace("_", " ") in page for need in row["needs"])
+    of_stage = [f"{name}={value!r}" for name, value in row["parameters"].items()]
+    assert all(text in page for text in (row["parameters"] if is_recipe else of_stage))
+    assert page.endswith(" parameters none") == (not row["parameters"])
+
+
+def test_parameters_come_with_their_units_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "snapkv", "keyformer", "vidkv_stp"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "parameters window=64 tokens: Last tokens of the prompt" in page
+    assert "recent_share=0.3 of the budget: Share of the budget" in page
+    assert "tau_init=1.0: Temperature while" in page  # described in one line with another
+    assert "tau_end=2.0: Temperature while" in page
+    assert "residual=128: As in `vidkv`." in page
+
+
+def test_methods_by_name_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "look_m", "kivi", "shorthand", "kivi", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["id"], row["kind"]) for row in found] == [
+        ("look_m", "merge"), ("look_m", "recipe"), ("kivi", "quantize"), ("shorthand", "recipe"),
+    ]  # fmt: skip
+    assert all(row in describe_methods() for row in found)
+    assert found[2]["parameters"] == {"bits": 2, "group": 32, "residual": 128}
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_unknown_methods_are_one_line_with_the_nearest(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "kivi", "SNAPKB", "shorthnd", "qqq", *more]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error == (
+        "steno: error: unknown method 'SNAPKB'; did you mean 'snapkv'? unknown method 'shorthnd'; did you mean 'shorthand'? "
+        f"unknown method 'qqq'; `steno methods` lists the {len(METHODS) + len(COMPOSITIONS)} valid ones.\n"
+    )
+
+
+RECIPES = [
+    "full", "int8", "snapkv(window=8) | adakv | int4 @ 50%", "streaming_llm @ 20", "ems @ 80%", "look_m @ 80%", "vidkv_stp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_ask_json(arguments: list[str], recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--recipe", recipe, "--json"]) == 0
     out, _ = capsys.readouterr()

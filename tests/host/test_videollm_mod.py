@@ -14,7 +14,7 @@ from torch import Tensor
 import steno
 from steno.errors import CalibrationError
 from steno.models.host import is_attention
-from tiny import SHARED
+from tiny import SHARED, prompt, shared
 from tiny_vlm import AFTER, BEFORE, BUILDERS, IMAGE, IMAGE_TOKENS, inputs, vlm
 
 HIDDEN, LAYERS = SHARED["hidden_size"], 3
@@ -72,6 +72,23 @@ def test_text_alone_is_untouched(name: str, router: str) -> None:
     _, logits, _ = read(name, f"videollm_mod(router={router!r}, every=1)", given)
     _, plain, _ = read(name, "full", given)
     assert torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize("given", [None, prompt(40)])
+def test_a_model_that_takes_no_images_is_untouched(given: Tensor | None, router: str) -> None:
+    model = shared("llama")
+    model.set_attn_implementation("steno")
+    found = []
+    for recipe in (f"videollm_mod(router={router!r}, every=1)", "full"):
+        cache = steno.KVCache(model.config, recipe, input_ids=given)
+        with torch.no_grad(), cache.watching(model):
+            found.append((model(prompt(40), past_key_values=cache).logits, cache.kv_bytes))
+    (logits, held), (plain, full) = found
+    assert torch.equal(logits, plain)
+    assert held == full
+    cache = steno.KVCache(model.config, "videollm_mod", input_ids=given)
+    with pytest.raises(CalibrationError, match=r"videollm_mod\(router='FILE'\)"), cache.watching(model):
+        model(prompt(40), past_key_values=cache)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5])

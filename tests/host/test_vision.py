@@ -1,7 +1,8 @@
-"""Vision-language models through the same host: real vision towers, random images."""
+"""Vision-language models through the same host, with real vision towers and random images; models of text see none."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -165,14 +166,79 @@ def test_vidkv_protects_image_tokens_alone(name: str, recipe: str) -> None:
             assert (ids[positions[chosen]] == IMAGE).all()
 
 
+TEXT = 200
+"""Tokens of a prompt for models that take no images."""
+BLIND = ("llama", "gemma3")
+"""Such models; the configuration of the second is that of a part of models that see."""
+
+
+def read_text(name: str, recipe: str, *, told: bool, **options: Any) -> tuple[steno.KVCache, Tensor]:
+    """What a model that takes no images keeps of a prompt, and its logits; told: whether it is given the ids."""
+    model, ids = shared(name), prompt(TEXT)
+    model.set_attn_implementation("steno")
+    cache = steno.KVCache(model.config, recipe, input_ids=ids if told else None, **options)
+    with torch.no_grad(), cache.watching(model):
+        logits = model(ids, past_key_values=cache).logits
+    return cache, logits
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    "recipe", ["text_prior @ 30%", "look_m @ 30%", "text_prior | adakv | vidkv_stp @ 70%", "vidkv_stp"]
+)
+@pytest.mark.parametrize("name", BLIND)
+def test_a_model_that_takes_no_images_follows_the_recipe(name: str, recipe: str, told: bool) -> None:
+    cache, _ = read_text(name, recipe, told=told)
+    with torch.no_grad():
+        for token in (5, 6, 7):
+            assert shared(name)(torch.tensor([[token]]), past_key_values=cache).logits.isfinite().all()
+    share = cache.recipe.budget.share if cache.recipe.budget else 1
+    for layer in cache.held_tokens():
+        assert sum(layer[0]) == len(layer[0]) * (round(share * TEXT) + 3)
+    assert cache.kv_bytes < cache.kv_bytes_full
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_without_images_text_prior_keeps_the_newest_and_the_most_attended(name: str) -> None:
+    budget, recent = 60, 30
+    seen, _ = read_text(name, "text_prior @ 60", told=False, prompt_tokens=TEXT + 1)
+    kept, _ = read_text(name, "text_prior @ 60", told=False)
+    for before, after in zip(seen.own_layers, kept.own_layers, strict=True):
+        obs = before.observation()[1]
+        assert not obs.image_mask.any()
+        mass = obs.attention_mass.unflatten(0, (2, -1)).sum(1)[:, : TEXT - recent]
+        best = mass.topk(budget - recent).indices.sort().values
+        for chosen, positions in zip(best, after.content.positions(0, TEXT), strict=True):
+            assert positions.tolist() == [*chosen.tolist(), *range(TEXT - recent, TEXT)]
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_without_images_vidkv_protects_nothing(name: str) -> None:
+    (a, same), (b, logits) = (read_text(name, recipe, told=False) for recipe in ("vidkv_stp", "vidkv"))
+    assert torch.equal(same, logits)
+    for x, y in zip(a.own_layers, b.own_layers, strict=True):
+        for one, other in zip(
+            x.content.decode_row(0, torch.float32), y.content.decode_row(0, torch.float32), strict=True
+        ):
+            assert all(torch.equal(i, j) for i, j in zip(one, other, strict=True))
+    assert a.kv_bytes == b.kv_bytes
+
+
 def test_errors() -> None:
     model, given = hosted("llava"), inputs("llava")
     with pytest.raises(CacheError, match="hidden states"):
         generate(model, cache_of(model, "vidkv_stp", given), given)
     with pytest.raises(CacheError, match="input_ids"):
         generate(model, steno.KVCache(model.config, "text_prior @ 50%"), given)
+    nameless = copy.deepcopy(model.config)
+    nameless.image_token_id = None  # it sees, and does not say what
     with pytest.raises(ModelError, match="image_token_id"):
-        steno.KVCache(shared("llama").config, "text_prior @ 50%", input_ids=prompt(9))
+        steno.KVCache(nameless, "text_prior @ 50%", input_ids=given["input_ids"])
+    with pytest.raises(CacheError, match="input_ids"):
+        generate(model, steno.KVCache(nameless, "text_prior @ 50%"), given)
+    with pytest.raises(CacheError, match="input_ids"):
+        generate(model, steno.KVCache(model.config, "text_prior @ 50%").fork(), given)
     with pytest.raises(BadArgument, match="input_ids"):
         steno.KVCache(model.config, "text_prior @ 50%", input_ids=prompt(9)[0])
     with pytest.raises(CacheError, match="at least 42 tokens"):

@@ -204,6 +204,6 @@ def test_describe_methods_is_json() -> None:
     rows = json.loads(json.dumps(describe_methods()))
     assert [row["id"] for row in rows] == [*METHODS, *NAMED, *COMPOSITIONS]
     assert set(rows[0]) == {
-        "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs"
+        "id", "kind", "title", "paper", "year", "arxiv", "needs", "frees_memory", "trained", "differs", "parameters"
     }  # fmt: skip
     assert [row["kind"] for row in rows] == sorted((row["kind"] for row in rows), key=[*KINDS, "recipe"].index)

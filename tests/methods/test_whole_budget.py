@@ -12,11 +12,10 @@ from composition import tiny_language_model
 from steno.methods import ALLOCATORS, MERGERS, SCORERS
 from steno.pipeline import with_weights
 from steno.recipe import parse_recipe
-from steno.types import Need
 from tiny import prompt
 
 RECIPES = [
-    *(f"{name} @ 100%" for name, cls in SCORERS.items() if Need.IMAGE_MASK not in cls.needs),
+    *(f"{name} @ 100%" for name in SCORERS),
     *(f"keydiff | {name} @ 100%" for name in ALLOCATORS if name != "zipvl"),
     "heavy_hitters | zipvl(tau=1) @ 100%",
     *(f"keydiff | {name} @ 100%" for name in MERGERS),

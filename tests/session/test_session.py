@@ -15,7 +15,7 @@ from tiny import TOKENS
 
 RECIPES = [
     "full", "int4", "snapkv(window=16) | adakv | kivi(bits=4) @ 50%", "tova @ 100", "kvzip | adakv @ 40%",
-    "kvzip(chunk_tokens=50) | int8 @ 60%",
+    "look_m @ 50%", "text_prior | vidkv_stp @ 60%", "kvzip(chunk_tokens=50) | int8 @ 60%",
 ]  # fmt: skip
 
 

@@ -128,7 +128,7 @@ class LayerCache(HostedLayer):
         if self.reading.onward is not None:
             route = Route(index=self.reading.onward) if len(self.reading.onward) < count else None
         else:
-            is_image = self._image_tokens(len(hidden), count)
+            is_image = self._image_tokens(hidden, count)
             images = None if is_image is None else is_image[0]
             with torch.no_grad():
                 route = router.before(hidden[0], images, layer_idx=self.layer_idx, num_layers=self.num_layers)
@@ -136,11 +136,11 @@ class LayerCache(HostedLayer):
             self._routed = route.index, count
         return route
 
-    def _image_tokens(self, num_rows: int, count: int) -> Tensor | None:
-        """Which of `count` new tokens of each row are image tokens, `[B, count]`."""
+    def _image_tokens(self, rows: Tensor, count: int) -> Tensor | None:
+        """Which of `count` new tokens of each row are image tokens, `[B, count]`, where the rows are."""
         if Need.IMAGE_MASK not in self.policy.needs or self.content is not None or self.reading.replay is not None:
             return None
-        return self.reading.image_tokens(self.seen, num_rows, count)
+        return self.reading.image_tokens(self.seen, len(rows), count).to(rows.device)
 
     @torch.inference_mode(False)  # buffers of inference mode could not be written outside of it
     @torch.no_grad()
@@ -163,7 +163,7 @@ class LayerCache(HostedLayer):
         hidden, self._hidden = self._hidden, None
         routed, self._routed = self._routed, None
         index, count = routed or (None, q.shape[2])
-        is_image, positions = self._image_tokens(len(q), count), None
+        is_image, positions = self._image_tokens(q, count), None
         if self.content is None and self.policy.router is not None:
             positions = self.seen + (torch.arange(count, device=q.device) if index is None else index)
         if index is not None and is_image is not None:

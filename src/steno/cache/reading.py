@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from steno.cache.access import Shared
@@ -22,7 +23,8 @@ class Reading:
     context is replayed for scoring; such a pass is attended and observed, and leaves nothing in the cache.
     on_layer: called with (layers done, layers in all) after each layer of a pass that reads or replays. shared: what counts
     longer than the reading.
-    image_mask: `[B, T]` bool, which tokens of the prompt, padding included, are image tokens; generate() may repeat its rows.
+    has_images: whether the prompt may hold image tokens; then image_mask, `[B, T]` bool, says which tokens of it, padding
+    included, are some; generate() may repeat its rows.
     is_watched: whether hooks stand that let tokens go round layers; onward: `[n]`, those that later layers compute.
     """
 
@@ -31,6 +33,7 @@ class Reading:
     replay: ReplayObserver | None = None
     on_layer: Callable[[int, int], None] | None = None
     shared: Shared = field(default_factory=Shared)
+    has_images: bool = True
     image_mask: Tensor | None = None
     is_watched: bool = False
     onward: Tensor | None = None
@@ -57,6 +60,8 @@ class Reading:
         Raises CacheError if the cache was told of none, or of another prompt.
         """
         mask = self.image_mask
+        if mask is None and not self.has_images:
+            return torch.zeros(num_rows, count, dtype=torch.bool)
         if mask is None:
             raise CacheError(
                 "this recipe looks at which tokens of the prompt are image tokens, which the attention does not show: pass "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 from steno.methods.access.all import All
 from steno.methods.access.delta import DELTA
@@ -247,7 +248,7 @@ def describe_methods() -> list[dict[str, Any]]:
     for ours in COMPOSITIONS.values():
         about = {"id": ours.id, "kind": "recipe", "title": _chain(ours.stages)}
         paper = {"paper": "(a recipe of this project)", "year": ours.year, "arxiv": ""}
-        methods.append(about | paper | _of_stages(ours.stages) | {"differs": ours.differs})
+        methods.append(about | paper | _of_stages(ours.stages) | {"differs": ours.differs, "parameters": {}})
     return methods
 
 
@@ -273,6 +274,7 @@ def _row(
         "arxiv": cls.arxiv,
         **_of_stages(stages),
         "differs": differs,
+        "parameters": {field.name: field.default for field in fields(cast(Any, cls))},
     }
 
 

@@ -19,7 +19,7 @@ from steno.cache.reading import Reading
 from steno.cache.text import TokenText
 from steno.errors import BadArgument, ModelError
 from steno.models.host import NAME, is_attention
-from steno.models.images import image_tokens
+from steno.models.images import image_tokens, takes_images
 from steno.models.learned import find_weights, known_file
 from steno.models.rope import rope_of
 from steno.models.routing import routing
@@ -34,7 +34,7 @@ class KVCache(Cache):
     Parameters
     ----------
     config : PreTrainedConfig
-        The configuration of the model; its attention implementation must be `steno`
+        The configuration of the model, of the whole of it where it sees images; its attention implementation must be `steno`
         (`model.set_attn_implementation("steno")`).
     recipe : Recipe, str or None
         What to keep and how; None keeps everything, dense.
@@ -51,14 +51,16 @@ class KVCache(Cache):
         Token ids that end a sentence (`steno.decode.text.sentence_ends`), for recipes that must know; then every forward
         pass must be announced.
     input_ids : Tensor or None
-        The prompt, `[B, T]`, for recipes that look at which of its tokens are image tokens.
+        The prompt, `[B, T]`, for recipes that look at which of its tokens are image tokens; of a model that takes no images
+        none is, and nothing need be given.
 
     Raises
     ------
     RecipeError
         If the recipe cannot be parsed, or cannot evict while it reads and should.
     ModelError
-        If the model keeps no key-value cache in any layer, or the recipe looks at images and the model takes none.
+        If the model keeps no key-value cache in any layer, or the recipe looks at images and the configuration does not
+        name their tokens.
     CalibrationError
         If a method has learned nothing of the model yet.
     """
@@ -82,10 +84,12 @@ class KVCache(Cache):
             self.recipe.check_evicts_while_reading()
             if prompt_tokens is None:
                 raise BadArgument("`evict_while_reading` needs `prompt_tokens`, the length of the whole prompt.")
-        image_mask = None
-        if input_ids is not None and Need.IMAGE_MASK in self.recipe.needs:
+        image_mask, has_images = None, takes_images(config)
+        if has_images and input_ids is not None and Need.IMAGE_MASK in self.recipe.needs:
             image_mask = image_tokens(config, input_ids)
-        self.reading = Reading(prompt_tokens=prompt_tokens, evict=evict_while_reading, image_mask=image_mask)
+        self.reading = Reading(
+            prompt_tokens=prompt_tokens, evict=evict_while_reading, has_images=has_images, image_mask=image_mask
+        )
         if sentence_ends is not None and Need.TOKEN_TEXT in self.recipe.needs:
             self.reading.shared.text = TokenText(sentence_ends)
         self.meter = Meter()
@@ -157,6 +161,7 @@ class KVCache(Cache):
             model_hash=self.model_hash,
         )
         twin.reading.shared = self.reading.shared.fork()
+        twin.reading.has_images, twin.reading.image_mask = self.reading.has_images, self.reading.image_mask
         twin.layers = [
             layer.fork(twin.reading, twin.meter) if isinstance(layer, LayerCache) else copy.deepcopy(layer)
             for layer in self.layers
