@@ -122,10 +122,10 @@ def test_locret_keeps_stabilizers_on_the_way_and_local_tokens_at_the_end() -> No
     assert torch.isposinf(method.retention(state, state, positions, budget_tokens=6, is_last=False))[:, -3:].all()
 
 
-def retained(log_beta: torch.Tensor, count: int) -> list[list[int]]:
+def retained(log_beta: torch.Tensor, count: int, sinks: int = 0) -> list[list[int]]:
     """What TRIM-KV keeps of tokens with these rates, `[Hkv, n]`."""
     positions = torch.arange(log_beta.shape[1]).expand(len(log_beta), -1)
-    scores = TrimKV().retention(log_beta, log_beta, positions, budget_tokens=count, is_last=True)
+    scores = TrimKV(sinks=sinks).retention(log_beta, log_beta, positions, budget_tokens=count, is_last=True)
     return [sorted(row.tolist()) for row in scores.topk(count).indices]
 
 
@@ -136,6 +136,7 @@ def test_trim_kv_patterns() -> None:
     sinks = window.clone()
     sinks[:, :4] = 0
     assert retained(sinks, 6) == [[0, 1, 2, 3, 18, 19]] * 2
+    assert retained(window, 6, sinks=4) == [[0, 1, 2, 3, 18, 19]] * 2
     needle = torch.full((1, 5000), -1e-4)
     needle[0, 17] = 0
     assert retained(needle, 3) == [[17, 4998, 4999]]
