@@ -41,24 +41,26 @@ def page(rows: Sequence[Row], prefills: Sequence[dict[str, Any]]) -> str:
     known, left_out = entries()
     found, by_form = latest(rows), {row["recipe"].split(" @ ")[0]: row for row in prefills}
     lines = [line for method in describe_methods() for line in method_lines(method, known, found, by_form)]
-    blocks = [*(conditions(rows) if rows else ["No rows are measured yet."]), table(HEAD, lines)]
+    blocks = [*(conditions(rows, known, found) if rows else ["No rows are measured yet."]), table(HEAD, lines)]
     if left_out:
         blocks.append("Not measured: " + "; ".join(f"`{name}`, {why}" for name, why in left_out.items()) + ".")
     return "\n\n".join(blocks)
 
 
-def conditions(rows: Sequence[Row]) -> Iterator[str]:
+def conditions(rows: Sequence[Row], known: Sequence[Entry], found: Found) -> Iterator[str]:
     """What a cell says, and where its numbers come from."""
-    first = rows[0]
-    hosts = ", ".join(dict.fromkeys(f"{row.host}, {row.threads} thread(s)" for row in rows))
+    first, longest = rows[0], max(CONTEXTS)
+    places = [(entry.text, task, longest) for entry in known if not entry.is_peer for task in AT_ALL_BUDGETS]
+    timed = [row for place in places if (row := found.get(place)) is not None]
+    hosts = ", ".join(dict.fromkeys(f"{row.host}, {row.threads} thread(s)" for row in timed))
     needles = " and ".join(f"`{task}`" for task in AT_ALL_BUDGETS if task in NEEDLES)
     contexts = " and ".join(f"{context:,}" for context in CONTEXTS)
     yield (
-        f"{first.model} in {first.dtype} on {first.device}; {hosts}. In a cell, above: the share of right answers on {needles} "
+        f"{first.model} in {first.dtype} on {first.device}. In a cell, above: the share of right answers on {needles} "
         f"at {contexts} tokens, the KL divergence in nats a token and the top-1 agreement on text that goes on, both against "
         "the full cache; below: bits held per number of the full cache, the share of its bytes, and milliseconds of a decode "
-        "step. Bytes and milliseconds are those at the greatest length; rows are of several days and machines, which may have "
-        "been busy: compare milliseconds within a line alone. A budget is a share of the tokens, or of the bytes where it says "
+        f"step. Bytes and milliseconds are those at the greatest length, the latter on {hosts}, beside other work: smaller "
+        "differences are none. A budget is a share of the tokens, or of the bytes where it says "
         f"so; `{DASH}`: not measured, or refused. Intervals and single tasks: [results.md](results.md)."
     )
     yield (
