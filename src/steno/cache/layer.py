@@ -90,14 +90,8 @@ class LayerCache(HostedLayer):
         """A layer that shares the segments of this one and can go its own way."""
         if self.content is None and self.row_seen:
             raise CacheError("cannot fork a cache while its prompt is still being read.")
-        layer = LayerCache(
-            self.policy,
-            layer_idx=self.layer_idx,
-            num_layers=self.num_layers,
-            reading=reading,
-            meter=meter,
-            rope_of=self.rope_of,
-        )
+        place = {"layer_idx": self.layer_idx, "num_layers": self.num_layers}
+        layer = LayerCache(self.policy, **place, reading=reading, meter=meter, rope_of=self.rope_of)
         layer.seen, layer.row_seen = self.seen, list(self.row_seen)
         layer.token_bytes, layer.is_initialized = self.token_bytes, self.is_initialized
         if self.content is not None:

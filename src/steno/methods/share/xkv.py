@@ -4,8 +4,8 @@ Source: Chang, Lin, Lin, Chiang, Akhauri, Dai, Liu, Ceze, Abdelfattah, Wu, 2025,
     the authors' code.
 Differs: bytes are really freed (the authors' code multiplies the factors back); ranks are shares of the width of a group,
     those of the paper's Llama-3.1-8B; layers of a group and their heads keep the same tokens; the weights on values meet the
-    short vectors first; the SVD is that of the smaller Gram matrix, in fp32,
-    which loses directions below 3e-4 of the largest.
+    short vectors first; the SVD is that of the smaller Gram matrix, in fp32, which squares: what is smaller than the largest
+    by more than the root of its precision is lost.
 Cost: an eigendecomposition of min(n, G Hkv D) once per group and prompt; per step, layer and token 2 Hkv D r FLOPs to restore
     keys, tile by tile, since each token is rotated by another angle; values are
     never restored, nor opened from codes.
